@@ -1,0 +1,1 @@
+"""From text to pretraining shards, and from shards to batches."""

@@ -1,0 +1,69 @@
+"""The named axes: everything that is known of a dimension by its name.
+
+A parameter is declared once with named axes (`megacore.params`); which configuration key gives an axis its size,
+how tensor-parallel ranks share it and how it grows is looked up here, and nowhere else.
+
+Words: an *axis* is a named axis of a parameter, a *dim* its position in a torch tensor, *grid* and *group* are
+about processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Sharding(Enum):
+    """How tensor-parallel ranks share an axis."""
+
+    REPLICATED = "replicated"
+    """Every rank holds the whole axis."""
+    EVEN = "even"
+    """Equal parts; the size must be divisible by the tensor-parallel size."""
+    BALANCED = "balanced"
+    """Parts that differ by at most one entry: no padding is ever needed."""
+
+
+class GrowthRule(Enum):
+    """How the copies of an axis share the work of their source, and how they are made to differ."""
+
+    STREAM = "stream"
+    """The residual stream: even copies (the only ones that commute with a post-LN norm), kernel noise in readers."""
+    SPLIT = "split"
+    """Hidden units between two linear maps: any number of copies, uneven shares on the reading side."""
+    FIXED = "fixed"
+    """Does not grow."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A named axis: the model configuration key that gives its size, its sharding and its growth rule."""
+
+    key: str
+    sharding: Sharding = Sharding.REPLICATED
+    growth: GrowthRule = GrowthRule.FIXED
+
+
+AXES: dict[str, Axis] = {
+    "hidden": Axis("hidden_size", growth=GrowthRule.STREAM),
+    # The output of the MLM head's dense layer: read by the tied word table, so it grows as the stream does.
+    "transform": Axis("hidden_size", growth=GrowthRule.STREAM),
+    "pooled": Axis("hidden_size", growth=GrowthRule.SPLIT),
+    "heads": Axis("num_attention_heads", Sharding.EVEN, GrowthRule.SPLIT),
+    "head_dim": Axis("head_dim"),
+    "key_value": Axis("key_value"),
+    "ffn": Axis("intermediate_size", Sharding.EVEN, GrowthRule.SPLIT),
+    "vocab": Axis("vocab_size", Sharding.BALANCED),
+    "positions": Axis("max_position_embeddings"),
+    "segments": Axis("type_vocab_size"),
+    "nsp_classes": Axis("nsp_classes"),
+}
+
+GROWABLE_KEYS: tuple[str, ...] = tuple(
+    dict.fromkeys(axis.key for axis in AXES.values() if axis.growth is not GrowthRule.FIXED)
+)
+
+
+def shard_bounds(size: int, rank: int, parts: int) -> tuple[int, int]:
+    """Return [start, stop) of part ``rank`` of an axis cut into ``parts``; equal parts where the size allows."""
+    return size * rank // parts, size * (rank + 1) // parts

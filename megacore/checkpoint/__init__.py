@@ -1,0 +1,1 @@
+"""Sharded checkpoints: virtual global tensors over safetensors files and one manifest."""

@@ -1,0 +1,104 @@
+"""A group of cooperating processes, whoever started them: MPI ranks, torch ranks, or one process alone.
+
+Work that can fail on one rank runs inside `together`, so that a failure is everybody's failure, at once,
+with the first failing rank's message, and no rank is left waiting.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch.distributed as dist
+
+from megacore.errors import MegacoreError
+
+
+class Communicator(Protocol):
+    """What cooperative code needs of its group: a rank, a size and one exchange of small Python objects."""
+
+    rank: int
+    size: int
+
+    def all_gather(self, item: Any) -> list[Any]:
+        """Return every rank's ``item``, ordered by rank; also serves as a barrier."""
+
+
+class Alone:
+    """The group of one process."""
+
+    rank = 0
+    size = 1
+
+    def all_gather(self, item: Any) -> list[Any]:
+        """Return ``[item]``."""
+        return [item]
+
+
+class MPIRanks:
+    """The ranks that ``mpirun`` (or ``srun`` with PMIx) started."""
+
+    def __init__(self) -> None:
+        from mpi4py import MPI
+
+        self._comm = MPI.COMM_WORLD
+        self.rank: int = self._comm.Get_rank()
+        self.size: int = self._comm.Get_size()
+
+    def all_gather(self, item: Any) -> list[Any]:
+        """Exchange pickled objects between the ranks of this job only."""
+        gathered: list[Any] = self._comm.allgather(item)
+        return gathered
+
+
+class TorchRanks:
+    """The ranks of an initialised ``torch.distributed`` world."""
+
+    def __init__(self) -> None:
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+
+    def all_gather(self, item: Any) -> list[Any]:
+        """Exchange pickled objects between the ranks of this job only."""
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, item)
+        return gathered
+
+
+def launched_by_mpi() -> bool:
+    """Tell whether an MPI launcher started this process as one of several ranks."""
+    return "OMPI_COMM_WORLD_SIZE" in os.environ or "PMI_SIZE" in os.environ or "PMIX_RANK" in os.environ
+
+
+def mpi_or_alone() -> Communicator:
+    """Return the MPI world when a launcher made one, else this process alone."""
+    return MPIRanks() if launched_by_mpi() else Alone()
+
+
+@contextmanager
+def together(group: Communicator) -> Iterator[None]:
+    """Run a block on all ranks; if it raises on any of them, raise on all.
+
+    The block itself must not communicate (a rank that failed would be missed there).
+
+    Raises:
+        The block's own exception on the rank that failed; `MegacoreError` with the first failing rank's message
+        on the others.
+    """
+    failure: BaseException | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    description = None if failure is None else (type(failure), str(failure) or type(failure).__name__)
+    failures = group.all_gather(description)
+    if failure is not None:
+        raise failure
+    for rank, other in enumerate(failures):
+        if other is not None:
+            kind, message = other
+            if issubclass(kind, MegacoreError):
+                raise kind(message)
+            raise MegacoreError(f"rank {rank} failed: {kind.__name__}: {message}")

@@ -1,0 +1,1 @@
+"""The parts a Transformer is made of."""

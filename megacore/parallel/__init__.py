@@ -1,0 +1,1 @@
+"""Process groups, the collectives with their gradients, and what must be computed across tensor-parallel ranks."""

@@ -1,0 +1,1 @@
+"""Training under DeepSpeed: the loop and what it needs."""
