@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-import torch.distributed as dist
-
 from megacore.errors import MegacoreError
 
 
@@ -57,13 +55,16 @@ class TorchRanks:
     """The ranks of an initialised ``torch.distributed`` world."""
 
     def __init__(self) -> None:
+        import torch.distributed as dist  # here, so that MPI jobs without torch start quickly
+
+        self._dist = dist
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
 
     def all_gather(self, item: Any) -> list[Any]:
         """Exchange pickled objects between the ranks of this job only."""
         gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, item)
+        self._dist.all_gather_object(gathered, item)
         return gathered
 
 

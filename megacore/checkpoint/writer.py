@@ -1,13 +1,11 @@
 """Write a checkpoint from many ranks: complete, or not there.
 
-All files go into ``NAME.incomplete``; when every rank has written its own, rank 0 adds the manifest and renames
-the directory. Whatever fails, on whichever rank, leaves no ``NAME``.
+When every rank has written its own files, rank 0 adds the manifest. Whatever fails, on whichever rank, leaves no
+checkpoint (`megacore.publish`).
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,8 +18,7 @@ from megacore.checkpoint.stream import Entry, SafetensorsStream
 from megacore.communicator import Communicator, together
 from megacore.errors import CheckpointError
 from megacore.params import Region, region_shape
-
-INCOMPLETE = ".incomplete"
+from megacore.publish import os_errors, publishing, write_text
 
 
 class PieceToWrite(NamedTuple):
@@ -65,28 +62,16 @@ def write_checkpoint(
     Raises:
         CheckpointError: on every rank, if any rank failed; nothing is left at ``path``.
     """
-    partial = path.with_name(path.name + INCOMPLETE)
-    with together(group):
-        if group.rank == 0:
-            with _named(path):
-                if path.exists():
-                    raise CheckpointError(f"{path} exists already; remove it or choose another directory")
-                shutil.rmtree(partial, ignore_errors=True)  # left by a job that was killed
-                partial.mkdir(parents=True)
-    try:
+    with publishing(path, group, CheckpointError) as partial:
         records: dict[str, FileRecord] = {}
-        with together(group), _named(partial):
+        with together(group), os_errors(partial, CheckpointError):
             for name, pieces in files:
                 records[name] = _write_file(partial / name, pieces)
         gathered = group.all_gather(records)
-        with together(group), _named(path):
+        with together(group), os_errors(partial, CheckpointError):
             if group.rank == 0:
                 all_records = {name: record for part in gathered for name, record in part.items()}
-                _publish(path, partial, manifest(dict(sorted(all_records.items()))))
-    except BaseException:
-        if group.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
+                write_text(partial / MANIFEST, manifest(dict(sorted(all_records.items()))).to_json())
 
 
 def _write_file(path: Path, pieces: Sequence[PieceToWrite]) -> FileRecord:
@@ -105,36 +90,3 @@ def _write_file(path: Path, pieces: Sequence[PieceToWrite]) -> FileRecord:
                 }
             )
     return FileRecord(size=stream.size, pieces=written)
-
-
-def _publish(path: Path, partial: Path, manifest: Manifest) -> None:
-    file = partial / MANIFEST
-    with file.open("x", encoding="utf-8") as stream:
-        stream.write(manifest.to_json())
-        stream.flush()
-        os.fsync(stream.fileno())
-    _sync_directory(partial)
-    partial.rename(path)
-    _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-class _named:  # noqa: N801 - reads as a word in a with statement
-    """Turn the operating system's errors (disk full, no permission) into `CheckpointError` with the path."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            raise CheckpointError(f"{self._path}: cannot write the checkpoint: {error.strerror or error}") from error

@@ -1,0 +1,47 @@
+"""The configuration of the way from text to pretraining instances; one file serves all its steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from megacore.settings import Settings
+
+
+class DataBuildConfig(Settings):
+    """From text to instances: ``tokenizer``, ``build`` and ``instances`` read what they need of this."""
+
+    inputs: tuple[Path, ...] = Field(min_length=1)
+    """Text files: .txt (blank lines between documents) or .jsonl (an object with a ``text`` field per line)."""
+    output_dir: Path
+    """Holds ``tokenizer.model``, ``sentences`` and ``instances/{train,validation}``."""
+    seed: NonNegativeInt = 1234
+    vocab_size: PositiveInt = 8192
+    tokenizer_sentences: PositiveInt = 200_000
+    """The tokenizer is trained on at most so many sentences, sampled from all documents."""
+    block_size_mb: PositiveFloat = 4.0
+    """Unit of work: ranks take blocks of about this size of the input files."""
+    validation_fraction: float = Field(0.02, ge=0, lt=1)
+    """Share of the documents that is held out."""
+    sequence_length: int = Field(128, ge=8, le=65535)
+    duplicates: PositiveInt = 1
+    """Copies of the corpus, each with pairs and masks of its own."""
+    short_sequence_probability: float = Field(0.1, ge=0, le=1)
+    masking: Literal["token", "whole_word"] = "token"
+    masking_rate: float = Field(0.15, gt=0, lt=1)
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """Where the tokenizer is."""
+        return self.output_dir / "tokenizer.model"
+
+    @property
+    def sentences_path(self) -> Path:
+        """Where the tokenised sentences are."""
+        return self.output_dir / "sentences"
+
+    def instances_path(self, split: str) -> Path:
+        """Where the instances of ``train`` or ``validation`` are."""
+        return self.output_dir / "instances" / split

@@ -1,0 +1,103 @@
+"""The sentencepiece tokenizer with BERT's special tokens."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+from numpy.typing import NDArray
+
+from data_pipeline.sources import file_digest
+from megacore.errors import DataError
+from megacore.publish import os_errors, replace_file
+
+PAD, UNK, CLS, SEP, MASK = range(5)
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_THREADS = 2
+"""Fixed: the pieces depend on how the training is cut into threads."""
+
+
+def train_tokenizer(sentences: Iterable[str], vocab_size: int, path: Path) -> None:
+    """Train a unigram model with byte fallback and write it; special tokens have the ids 0 to 4.
+
+    Raises:
+        DataError: there is no text, or ``vocab_size`` is larger (or smaller) than the text allows.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="unigram",
+            byte_fallback=True,
+            pad_id=PAD,
+            unk_id=UNK,
+            bos_id=-1,
+            eos_id=-1,
+            pad_piece=SPECIAL_TOKENS[PAD],
+            unk_piece=SPECIAL_TOKENS[UNK],
+            control_symbols=list(SPECIAL_TOKENS[CLS:]),
+            num_threads=_THREADS,
+            max_sentence_length=65536,
+            minloglevel=3,
+        )
+    except (RuntimeError, OSError) as error:
+        raise _training_error(str(error), vocab_size) from None
+    with os_errors(path, DataError):
+        replace_file(path, model.getvalue())
+
+
+def _training_error(message: str, vocab_size: int) -> DataError:
+    if limit := re.search(r"value <= (\d+)", message):
+        return DataError(f"vocab_size={vocab_size} is more than the text allows; at most {limit[1]}")
+    if limit := re.search(r"required_chars\. \d+ vs (\d+)", message):
+        return DataError(f"vocab_size={vocab_size} is less than the text needs; at least {limit[1]}")
+    return DataError(f"sentencepiece cannot train vocab_size={vocab_size}: {message.strip().splitlines()[-1]}")
+
+
+class Tokenizer:
+    """A trained tokenizer.
+
+    Raises:
+        DataError: the file is missing, is no sentencepiece model, or has other special tokens.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise DataError(f"{path}: no tokenizer; train one with 'megacore data tokenizer'")
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError):
+            raise DataError(f"{path}: not a sentencepiece model") from None
+        self.vocab_size: int = self._model.get_piece_size()
+        for number, token in enumerate(SPECIAL_TOKENS):
+            if number >= self.vocab_size or self._model.id_to_piece(number) != token:
+                raise DataError(f"{path}: id {number} is not {token}; train the tokenizer with 'megacore data tokenizer'")
+        self.sha256 = file_digest(path)
+
+    def encode(self, sentences: list[str]) -> list[list[int]]:
+        """Return the ids of each sentence, without special tokens."""
+        ids: list[list[int]] = self._model.encode(sentences, out_type=int)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids."""
+        text: str = self._model.decode([int(number) for number in ids])
+        return text
+
+    @cached_property
+    def starts_word(self) -> NDArray[np.bool_]:
+        """[vocab_size], true for pieces that begin a word."""
+        pieces = (self._model.id_to_piece(number) for number in range(self.vocab_size))
+        return np.array([piece.startswith("▁") for piece in pieces])
+
+    @property
+    def id_dtype(self) -> type[np.unsignedinteger]:
+        """The smallest type that holds every id."""
+        return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32

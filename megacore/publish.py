@@ -1,0 +1,81 @@
+"""Directories that are complete or not there: written under another name by many ranks, renamed when whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megacore.communicator import Communicator, together
+from megacore.errors import MegacoreError
+
+INCOMPLETE = ".incomplete"
+
+
+@contextmanager
+def publishing(path: Path, group: Communicator, error: type[MegacoreError]) -> Iterator[Path]:
+    """Yield a fresh directory to write into; on leaving it becomes ``path``, unless anything failed.
+
+    Every rank of ``group`` enters. The block must fail on all ranks or on none (`together`).
+
+    Args:
+        path: must not exist.
+        group: the ranks that write.
+        error: what to raise for ``path`` existing already and for the operating system's errors.
+    """
+    partial = path.with_name(path.name + INCOMPLETE)
+    with together(group), os_errors(path, error):
+        if group.rank == 0:
+            if path.exists():
+                raise error(f"{path} exists already; remove it or choose another directory")
+            shutil.rmtree(partial, ignore_errors=True)  # left by a job that was killed
+            partial.mkdir(parents=True)
+    try:
+        yield partial
+        with together(group), os_errors(path, error):
+            if group.rank == 0:
+                _sync_directory(partial)
+                partial.rename(path)
+                _sync_directory(path.parent)
+    except BaseException:
+        if group.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def os_errors(path: Path, error: type[MegacoreError]) -> Iterator[None]:
+    """Turn the operating system's errors (disk full, no permission) into ``error``, with the path."""
+    try:
+        yield
+    except OSError as problem:
+        raise error(f"{path}: cannot be written: {problem.strerror or problem}") from problem
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a new file and flush it to the disk."""
+    with path.open("x", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file under another name, then put it in place at once."""
+    partial = path.with_name(path.name + INCOMPLETE)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with partial.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

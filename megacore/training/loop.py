@@ -1,0 +1,288 @@
+"""The training loop: from a run's configuration to its checkpoints and curves."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from data_pipeline.loader import InstanceDataset, PretrainingBatches
+from megacore.checkpoint.manifest import (
+    FileRecord,
+    Layout,
+    Manifest,
+    Progress,
+    parameter_records,
+)
+from megacore.checkpoint.reader import CheckpointReader
+from megacore.checkpoint.writer import write_checkpoint
+from megacore.communicator import Communicator, TorchRanks, together
+from megacore.config import ModelConfig, RunConfig
+from megacore.errors import CheckpointError, ConfigError, MegacoreError
+from megacore.models.bert import declarations
+from megacore.models.flops import bert_training_flops
+from megacore.parallel.grid import ParallelGrid
+from megacore.training.batches import DeviceBatch
+from megacore.training.distributed import join_world, leave_world
+from megacore.training.engine import Multipliers, TrainingEngine
+from megacore.training.metrics import MetricsLog, memory_gb
+from megacore.training.partition import load_state, pieces_to_write
+from megacore.training.progress import StepProgress
+from megacore.training.runs import checkpoint_path, checkpoints, remove_old
+from megacore.training.schedule import learning_rate
+
+
+def train(config: RunConfig) -> None:
+    """Train a stage, from its last checkpoint if there is one; every process of the job calls this.
+
+    Raises:
+        MegacoreError: on every rank alike, if any rank finds something wrong before the first step.
+    """
+    device = join_world()
+    try:
+        _Training(config, ParallelGrid.create(config.parallel), TorchRanks(), device).run()
+    finally:
+        leave_world()
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What a stage goes on from."""
+
+    reader: CheckpointReader | None
+    resumed: bool
+
+    @property
+    def progress(self) -> Progress:
+        if self.reader is None:
+            return Progress()
+        progress = self.reader.manifest.progress
+        return progress if self.resumed else progress.model_copy(update={"stage_first_step": progress.step})
+
+    @property
+    def multipliers(self) -> Multipliers | None:
+        if self.reader is None:
+            return None
+        parameters = self.reader.manifest.parameters
+        return Multipliers(
+            {name: record.learning_rate_multiplier for name, record in parameters.items()},
+            {name: record.adam_eps_multiplier for name, record in parameters.items()},
+            self.reader.manifest.annealing,
+        )
+
+
+class _Training:
+    def __init__(self, config: RunConfig, grid: ParallelGrid, group: Communicator, device: torch.device) -> None:
+        self._config, self._grid, self._group, self._device = config, grid, group, device
+        self._training = config.training
+        with together(group):
+            self._data = _open_data(config.data.train_data, config.model)
+            self._validation = config.data.validation_data and _open_data(config.data.validation_data, config.model)
+            self._start = _find_start(config, self._training_data())
+            self._batches = PretrainingBatches(
+                self._data,
+                seed=self._training.seed,
+                global_batch_size=self._training.global_batch_size,
+                micro_batch_size=self._training.micro_batch_size,
+                data_parallel_rank=grid.data_parallel_rank,
+                data_parallel_size=grid.data_parallel_size,
+            )
+            self._training.gradient_accumulation_steps(grid.data_parallel_size)
+        self._engine = TrainingEngine(config, grid, device, self._start.multipliers)
+        with together(group):
+            if self._start.reader is not None:
+                load_state(self._engine, self._start.reader)
+        self._progress = self._start.progress
+        self._log: MetricsLog | None = None
+
+    def _training_data(self) -> dict[str, Any]:
+        return {
+            "digest": self._data.digest,
+            "seed": self._training.seed,
+            "global_batch_size": self._training.global_batch_size,
+        }
+
+    def run(self) -> None:
+        """Train to the end of the stage."""
+        last = self._progress.stage_first_step + self._training.train_steps
+        with together(self._group):
+            if self._group.rank == 0:
+                self._log = self._open_log()
+        display = StepProgress(self._progress.step, last, enabled=self._group.rank == 0)
+        display.say(self._where_from())
+        try:
+            if self._progress.step == self._progress.stage_first_step:
+                self._evaluate(display)
+            while self._progress.step < last:
+                self._step(display)
+                step = self._progress.step
+                if self._training.eval_interval and (step % self._training.eval_interval == 0 or step == last):
+                    self._evaluate(display)
+                if step % self._training.save_interval == 0 or step == last:
+                    self._save(display)
+        finally:
+            display.close()
+            if self._log is not None:
+                self._log.close()
+
+    def _open_log(self) -> MetricsLog:
+        directory = self._training.output_dir
+        try:
+            log = MetricsLog(directory, self._progress.step + 1)
+            resolved = yaml.safe_dump(self._config.model_dump(mode="json"), sort_keys=False)
+            (directory / "config.yaml").write_text(resolved, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"output_dir={directory}: cannot be written: {error.strerror}") from error
+        return log
+
+    def _where_from(self) -> str:
+        if self._start.reader is None:
+            return "starting from random weights"
+        layout = self._start.reader.manifest.layout
+        return (
+            f"{'resuming' if self._start.resumed else 'starting'} from {self._start.reader.path} "
+            f"(step {self._progress.step}, saved at tp={layout.tensor_parallel_size} dp={layout.data_parallel_size}, "
+            f"loading at tp={self._grid.tensor_parallel_size} dp={self._grid.data_parallel_size})"
+        )
+
+    def _step(self, display: StepProgress) -> None:
+        began = time.perf_counter()
+        progress, training = self._progress, self._training
+        batches = [DeviceBatch.of(b, self._device) for b in self._batches.step_batches(progress.consumed_samples)]
+        rate = learning_rate(training, progress.step - progress.stage_first_step)
+        sums, gradient_norm = self._engine.step(batches, progress.step, rate)
+        means = sums.means()
+        _check_finite(means["loss"], gradient_norm, progress.step + 1)
+        seconds = time.perf_counter() - began
+        self._progress = progress.model_copy(
+            update={
+                "step": progress.step + 1,
+                "consumed_samples": progress.consumed_samples + training.global_batch_size,
+                "tokens": progress.tokens + sums.tokens,
+                "flops": progress.flops + self._flops(batches),
+            }
+        )
+        step = self._progress.step
+        display.advance(means["loss"], sums.tokens / seconds)
+        if self._log is not None and (step % training.log_interval == 0 or step == progress.stage_first_step + 1):
+            figures = {
+                **means,
+                "learning_rate": rate,
+                "gradient_norm": gradient_norm,
+                "tokens_per_second": sums.tokens / seconds,
+                "tokens": self._progress.tokens,
+                "flops": self._progress.flops,
+                "seconds": seconds,
+                "memory_gb": memory_gb(self._device),
+            }
+            self._log.write("train", step, figures)
+
+    def _flops(self, batches: list[DeviceBatch]) -> float:
+        """Count what all replicas computed in a step."""
+        own = sum(
+            bert_training_flops(self._config.model, *batch.inputs.input_ids.shape, len(batch.masked_labels))
+            for batch in batches
+        )
+        total = torch.tensor([own], dtype=torch.float64, device=self._device)
+        from megacore.parallel.collectives import data_parallel_sum
+
+        return float(data_parallel_sum(total, self._grid))
+
+    def _evaluate(self, display: StepProgress) -> None:
+        if self._validation is None or not self._training.eval_interval:
+            return
+        batches = PretrainingBatches(
+            self._validation,
+            seed=self._training.seed,
+            global_batch_size=self._training.micro_batch_size * self._grid.data_parallel_size,
+            micro_batch_size=self._training.micro_batch_size,
+            data_parallel_rank=self._grid.data_parallel_rank,
+            data_parallel_size=self._grid.data_parallel_size,
+        ).evaluation_batches(self._training.eval_samples)
+        sums = self._engine.evaluate([DeviceBatch.of(batch, self._device) for batch in batches])
+        means = sums.means()
+        display.say(f"step {self._progress.step}: held-out loss {means['loss']:.4f}")
+        if self._log is not None:
+            figures = {**means, "tokens": self._progress.tokens, "flops": self._progress.flops}
+            self._log.write("validation", self._progress.step, figures)
+
+    def _save(self, display: StepProgress) -> None:
+        path = checkpoint_path(self._training.output_dir, self._progress.step)
+        files = [
+            (f"rank{self._group.rank:05d}.safetensors", pieces_to_write(self._engine, self._grid.tensor_parallel_rank))
+        ]
+        write_checkpoint(path, self._group, files, partial(_manifest, self))
+        if self._group.rank == 0:
+            remove_old(self._training.output_dir, self._training.keep_last)
+        display.say(f"saved {path}")
+
+    def manifest(self, files: dict[str, FileRecord]) -> Manifest:
+        """Describe the present state."""
+        specs = declarations(self._config.model)
+        kept = self._start.multipliers or Multipliers(dict.fromkeys(specs, 1.0), dict.fromkeys(specs, 1.0))
+        return Manifest(
+            model=self._config.model,
+            layout=Layout(
+                tensor_parallel_size=self._grid.tensor_parallel_size, data_parallel_size=self._grid.data_parallel_size
+            ),
+            progress=self._progress,
+            annealing=kept.annealing,
+            parameters=parameter_records(
+                specs, {name: (kept.learning_rate[name], kept.adam_eps[name]) for name in specs}
+            ),
+            files=files,
+            lineage=self._start.reader.manifest.lineage if self._start.reader else (),
+            training_data=self._training_data(),
+        )
+
+
+def _manifest(training: _Training, files: dict[str, FileRecord]) -> Manifest:
+    return training.manifest(files)
+
+
+def _open_data(path: Path, model: ModelConfig) -> InstanceDataset:
+    """Open a data set and check that the model can take it."""
+    data = InstanceDataset(path)
+    if data.vocab_size != model.vocab_size:
+        raise ConfigError(f"vocab_size={model.vocab_size}, but {path} was tokenised with {data.vocab_size} pieces")
+    if data.sequence_length > model.max_position_embeddings:
+        raise ConfigError(
+            f"max_position_embeddings={model.max_position_embeddings}, but {path} has sequences of "
+            f"{data.sequence_length} tokens"
+        )
+    return data
+
+
+def _find_start(config: RunConfig, training_data: dict[str, Any]) -> _Start:
+    """Find the checkpoint to go on from, and refuse one that does not belong to this configuration."""
+    found = checkpoints(config.training.output_dir)
+    path = found[-1] if found else config.training.initial_checkpoint
+    if path is None:
+        return _Start(None, resumed=False)
+    reader = CheckpointReader(path)
+    for key, saved in reader.manifest.model.model_dump().items():
+        wanted = getattr(config.model, key)
+        if saved != wanted and "dropout" not in key:
+            raise CheckpointError(f"{path} has {key}={saved}, but the configuration says {wanted}")
+    if found:
+        for key, wanted in training_data.items():
+            saved = reader.manifest.training_data.get(key)
+            if saved != wanted:
+                raise ConfigError(
+                    f"{path} was trained with the data order of {key}={saved}, the configuration now gives {wanted}; "
+                    "restore it, or start a new run with initial_checkpoint and another output_dir"
+                )
+    return _Start(reader, resumed=bool(found))
+
+
+def _check_finite(loss: float, gradient_norm: float, step: int) -> None:
+    if not (abs(loss) < float("inf") and abs(gradient_norm) < float("inf")):
+        raise MegacoreError(
+            f"step {step}: loss {loss}, gradient norm {gradient_norm}: training diverged; lower learning_rate or "
+            "raise warmup_steps, and run again to go on from the last checkpoint"
+        )
