@@ -85,8 +85,8 @@ def together(group: Communicator) -> Iterator[None]:
     The block itself must not communicate (a rank that failed would be missed there).
 
     Raises:
-        The block's own exception on the rank that failed; `MegacoreError` with the first failing rank's message
-        on the others.
+        MegacoreError: on every rank, the first failing rank's error, marked as ``agreed``. A failing rank's own
+            exception is raised there as it is, if it is no `MegacoreError` (a bug: its traceback is wanted).
     """
     failure: BaseException | None = None
     try:
@@ -95,11 +95,13 @@ def together(group: Communicator) -> Iterator[None]:
         failure = error
     description = None if failure is None else (type(failure), str(failure) or type(failure).__name__)
     failures = group.all_gather(description)
-    if failure is not None:
-        raise failure
     for rank, other in enumerate(failures):
         if other is not None:
             kind, message = other
-            if issubclass(kind, MegacoreError):
-                raise kind(message)
-            raise MegacoreError(f"rank {rank} failed: {kind.__name__}: {message}")
+            if not issubclass(kind, MegacoreError):
+                if failure is not None and failures[group.rank] == other:
+                    raise failure
+                kind, message = MegacoreError, f"rank {rank} failed: {kind.__name__}: {message}"
+            agreed = kind(message)
+            agreed.agreed = True
+            raise agreed from failure

@@ -4,6 +4,9 @@
 class MegacoreError(Exception):
     """Base of all errors shown to the user as one line, without a traceback."""
 
+    agreed: bool = False
+    """True if all ranks of the job raised this error together, so that one of them may speak for all."""
+
 
 class ConfigError(MegacoreError):
     """A configuration key, or a combination of keys, that cannot be."""

@@ -76,6 +76,11 @@ def grow_checkpoint(
     write_checkpoint(path, group, counted, partial(_manifest, reader, plan, output))
 
 
+def planned_bytes(reader: CheckpointReader, plan: GrowthPlan, output: GrowthOutput) -> int:
+    """Return the size of all tensors of the grown checkpoint."""
+    return sum(_bytes(piece) for _, pieces in planned_files(reader, plan, output) for piece in pieces)
+
+
 def planned_files(reader: CheckpointReader, plan: GrowthPlan, output: GrowthOutput) -> list[FileToWrite]:
     """List all files of the grown checkpoint with their pieces; nothing is computed yet."""
     states = reader.manifest.states if output.keep_optimizer else (WEIGHT,)

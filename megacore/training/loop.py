@@ -26,6 +26,7 @@ from megacore.config import ModelConfig, RunConfig
 from megacore.errors import CheckpointError, ConfigError, MegacoreError
 from megacore.models.bert import declarations
 from megacore.models.flops import bert_training_flops
+from megacore.parallel.collectives import data_parallel_sum
 from megacore.parallel.grid import ParallelGrid
 from megacore.training.batches import DeviceBatch
 from megacore.training.distributed import join_world, leave_world
@@ -189,8 +190,6 @@ class _Training:
             for batch in batches
         )
         total = torch.tensor([own], dtype=torch.float64, device=self._device)
-        from megacore.parallel.collectives import data_parallel_sum
-
         return float(data_parallel_sum(total, self._grid))
 
     def _evaluate(self, display: StepProgress) -> None:

@@ -1,0 +1,158 @@
+"""``megacore grow``, ``verify`` and ``inspect``: what is done to checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from launcher.bars import byte_bar
+from megacore.communicator import mpi_or_alone, together
+from megacore.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megacore.growth.verify import LabelledBatch
+
+_SOURCE = typer.Argument(..., help="Directory of a checkpoint.", show_default=False)
+
+
+def grow(
+    source: Path = typer.Argument(..., help="Directory of the checkpoint to grow.", show_default=False),
+    target: Path = typer.Argument(..., help="Directory to write; must not exist.", show_default=False),
+    sizes: list[str] = typer.Argument(
+        ...,
+        metavar="KEY=VALUE...",
+        show_default=False,
+        help="New sizes and layout: hidden_size, num_attention_heads, intermediate_size, tensor_parallel_size.",
+    ),
+    optimizer: str = typer.Option("map", help="map: Adam's moments grow with the weights; reset: they are left out."),
+    dtype: str = typer.Option(None, help="float32 or float64; the source's by default."),
+    noise_scale: float = typer.Option(0.2, min=0, help="Kernel noise in stream readers, relative to their weights."),
+    share_scale: float = typer.Option(0.2, min=0, max=0.39, help="Spread of the shares of copied heads and neurons."),
+    seed: int = typer.Option(0, min=0, help="Seed of noise and shares."),
+    hold_steps: int = typer.Option(500, min=0, help="Training steps that learning-rate multipliers hold."),
+    anneal_steps: int = typer.Option(500, min=0, help="Steps over which the multipliers then go to one."),
+) -> None:
+    """Widen a checkpoint without changing what it computes; alone, or in parallel under mpirun."""
+    from megacore.checkpoint.reader import CheckpointReader
+    from megacore.config import ParallelConfig
+    from megacore.growth.execute import GrowthOutput, grow_checkpoint, planned_bytes
+    from megacore.growth.plan import Symmetry, make_plan
+    from megacore.settings import parse_overrides, validated
+
+    group = mpi_or_alone()
+    began = time.perf_counter()
+    with together(group):
+        _one_of("--optimizer", optimizer, ("map", "reset"))
+        _one_of("--dtype", dtype, (None, "float32", "float64"))
+        reader = CheckpointReader(source)
+        values = parse_overrides(sizes)
+        layout = {key: values.pop(key, getattr(reader.manifest.layout, key)) for key in ParallelConfig.model_fields}
+        plan = make_plan(reader.manifest.model, values, Symmetry(noise_scale, share_scale, seed))
+        output = GrowthOutput(
+            validated(ParallelConfig, layout), optimizer == "map", dtype, hold_steps, anneal_steps
+        )
+        total = planned_bytes(reader, plan, output)
+    with byte_bar("growing (rank 0)", total / group.size, enabled=group.rank == 0) as advance:
+        grow_checkpoint(reader, plan, target, output, group, advance)
+    if group.rank == 0:
+        seconds = time.perf_counter() - began
+        changed = ", ".join(f"{key} {old} → {plan.changes['to'][key]}" for key, old in plan.changes["from"].items())
+        before, after = _parameter_count(reader.manifest.specs()), _parameter_count(plan.specs)
+        typer.echo(f"{target}: {changed or 'same sizes'}; {before:,} → {after:,} parameters")
+        typer.echo(f"{total / 1e6:.1f} MB written by {group.size} ranks in {seconds:.1f} s")
+
+
+def verify(
+    checkpoint: Path = _SOURCE,
+    against: Path = typer.Option(None, help="A checkpoint that must compute the same."),
+    data: Path = typer.Option(None, help="Compare on these instances instead of on random tokens."),
+    samples: int = typer.Option(64, min=1, help="Instances of --data to compare on."),
+    dtype: str = typer.Option("float32", help="Compute the comparison in float32 or float64."),
+    tolerance: float = typer.Option(1e-5, min=0, help="Largest relative difference of logits that passes."),
+    json_file: Path = typer.Option(None, "--json", help="Write the figures of the comparison here."),
+) -> None:
+    """Check that a checkpoint is complete, unaltered and finite; with --against, that it computes the same."""
+    import torch
+
+    from megacore.checkpoint.reader import CheckpointReader
+    from megacore.growth.verify import check_integrity, compare, random_batch
+
+    _one_of("--dtype", dtype, ("float32", "float64"))
+    reader = CheckpointReader(checkpoint)
+    size = sum(file.size for file in reader.manifest.files.values())
+    with byte_bar("reading", size, enabled=True) as advance:
+        checked = check_integrity(reader, advance)
+    typer.echo(f"{checkpoint}: complete, {checked / 1e6:.1f} MB, every checksum right, all values finite")
+    if against is None:
+        return
+    other = CheckpointReader(against)
+    batches = _data_batches(data, samples) if data else [random_batch(reader.manifest.model)]
+    result = compare(other, reader, batches, getattr(torch, dtype))
+    worst = max(result.mlm_relative_error, result.nsp_relative_error)
+    typer.echo(
+        f"against {against} in {dtype}: relative |Δlogit| {result.mlm_relative_error:.2e} (MLM), "
+        f"{result.nsp_relative_error:.2e} (NSP); loss {result.loss_before:.6f} and {result.loss_after:.6f}"
+    )
+    if json_file:
+        json_file.write_text(json.dumps(result.as_dict()) + "\n", encoding="utf-8")
+    if not worst <= tolerance:
+        typer.echo(f"error: the difference is above {tolerance:g}: not the same function", err=True)
+        raise typer.Exit(1)
+
+
+def inspect(
+    checkpoint: Path = _SOURCE,
+    parameters: bool = typer.Option(False, "--parameters", help="List every parameter with its axes."),
+) -> None:
+    """Show what a checkpoint holds: model, layout, progress, lineage, files."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from megacore.checkpoint.reader import CheckpointReader
+
+    manifest = CheckpointReader(checkpoint).manifest
+    console = Console(highlight=False)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for title, values in (("model", manifest.model), ("layout", manifest.layout), ("progress", manifest.progress)):
+        table.add_row(title, ", ".join(f"{key}={value}" for key, value in values.model_dump().items()))
+    table.add_row("parameters", f"{_parameter_count(manifest.specs()):,}")
+    table.add_row("states", ", ".join(manifest.states))
+    size = sum(file.size for file in manifest.files.values())
+    table.add_row("files", f"{len(manifest.files)}, {size / 1e6:.1f} MB")
+    for event in manifest.lineage:
+        table.add_row("lineage", json.dumps(event, ensure_ascii=False))
+    console.print(table)
+    if parameters:
+        listing = Table("parameter", "axes (role)", "shape", "lr ×", "eps ×", box=None, pad_edge=False)
+        for name, record in manifest.parameters.items():
+            axes = ", ".join(f"{axis.name} ({axis.role})" for axis in record.axes)
+            shape = " × ".join(str(axis.size) for axis in record.axes)
+            multipliers = f"{record.learning_rate_multiplier:g}", f"{record.adam_eps_multiplier:g}"
+            listing.add_row(name, axes, shape, *multipliers)
+        console.print(listing)
+
+
+def _parameter_count(specs: dict[str, Any]) -> int:
+    return sum(math.prod(spec.shape) for spec in specs.values())
+
+
+def _one_of(option: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{option}={value}: use {' or '.join(name for name in allowed if name)}")
+
+
+def _data_batches(path: Path, samples: int) -> list[LabelledBatch]:
+    import torch
+
+    from data_pipeline.loader import InstanceDataset, PretrainingBatches
+    from megacore.growth.verify import LabelledBatch
+    from megacore.training.batches import DeviceBatch
+
+    batches = PretrainingBatches(InstanceDataset(path), seed=0, global_batch_size=16, micro_batch_size=16)
+    on_device = (DeviceBatch.of(batch, torch.device("cpu")) for batch in batches.evaluation_batches(samples))
+    return [LabelledBatch(batch.inputs, batch.masked_labels, batch.next_sentence_labels) for batch in on_device]

@@ -1,0 +1,111 @@
+"""The ``megacore`` command line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import typer
+
+from launcher.checkpoint_commands import grow, inspect, verify
+from launcher.data_commands import data_app
+from megacore.errors import MegacoreError
+
+app = typer.Typer(
+    help="Train a Transformer small, grow its checkpoint without losing anything, go on training.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(data_app, name="data")
+app.command(no_args_is_help=True)(grow)
+app.command(no_args_is_help=True)(verify)
+app.command(no_args_is_help=True)(inspect)
+
+
+@app.command(no_args_is_help=True)
+def train(
+    config: Path = typer.Argument(..., help="YAML file of the run.", show_default=False),
+    overrides: list[str] = typer.Argument(
+        None, metavar="[KEY=VALUE]...", help="Keys of the configuration, e.g. learning_rate=1e-3."
+    ),
+) -> None:
+    """Train a stage, or go on with it from its last checkpoint; one process of a job, or a job of one.
+
+    Start several with: deepspeed --no_local_rank --num_gpus 2 --module launcher train CONFIG.yaml
+    """
+    from megacore.config import RunConfig
+    from megacore.settings import load
+
+    settings = load(RunConfig, config, overrides or ())
+    from megacore.training.loop import train as run
+
+    run(settings)
+
+
+@app.command(no_args_is_help=True)
+def report(
+    runs: list[Path] = typer.Argument(..., help="Directories of runs.", show_default=False),
+    out: Path = typer.Option(Path("report.html"), help="The HTML file to write."),
+) -> None:
+    """Compare runs: a table here, and one self-contained HTML page with all curves."""
+    from rich.console import Console
+
+    from launcher.report import read_run, summary_table, write_report
+
+    read = [read_run(path) for path in runs]
+    write_report(read, out)
+    Console().print(summary_table(read))
+    typer.echo(f"report: {out}")
+
+
+@app.command()
+def demo(
+    directory: Path = typer.Argument(Path("runs/demo"), help="Where everything is written."),
+    input: Path = typer.Option(None, help="A .txt or .jsonl file instead of the embedded corpus."),
+) -> None:
+    """Run the whole job: text, small model, growth, large model, report."""
+    from launcher.demo import run_demo
+
+    run_demo(directory, input)
+
+
+def main() -> None:
+    """Run the command line: errors a user can mend are one line and exit code 2."""
+    # DeepSpeed would otherwise guess the accelerator and warn about it on every rank.
+    if "DS_ACCELERATOR" not in os.environ and not Path("/dev/nvidiactl").exists():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    try:
+        app()
+    except MegacoreError as error:
+        _exit_all_ranks(error)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+def _exit_all_ranks(error: MegacoreError) -> None:
+    """Print an error once, and leave no rank behind.
+
+    An error that all ranks agreed on (`megacore.communicator.together`) is printed by rank 0; one that a rank met
+    alone is printed by that rank, which then ends the job.
+    """
+    from megacore.communicator import launched_by_mpi
+
+    shared = getattr(error, "agreed", False)
+    rank = int(os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")))
+    before_start = not _world_is_up()
+    if rank == 0 or not (shared or before_start):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    if launched_by_mpi() and not shared and _world_is_up():
+        from mpi4py import MPI
+
+        MPI.COMM_WORLD.Abort(2)
+    sys.stdout.flush()
+    os._exit(2)  # without waiting for other ranks, which DeepSpeed's and MPI's exit handlers would
+
+
+def _world_is_up() -> bool:
+    mpi = sys.modules.get("mpi4py.MPI")
+    torch_distributed = sys.modules.get("torch.distributed")
+    return bool(mpi and mpi.Is_initialized()) or bool(torch_distributed and torch_distributed.is_initialized())
