@@ -36,6 +36,7 @@ def grow(
     seed: int = typer.Option(0, min=0, help="Seed of noise and shares."),
     hold_steps: int = typer.Option(500, min=0, help="Training steps that learning-rate multipliers hold."),
     anneal_steps: int = typer.Option(500, min=0, help="Steps over which the multipliers then go to one."),
+    json_file: Path = typer.Option(None, "--json", help="Write the figures of the growth here."),
 ) -> None:
     """Widen a checkpoint without changing what it computes; alone, or in parallel under mpirun."""
     from megacore.checkpoint.reader import CheckpointReader
@@ -65,6 +66,16 @@ def grow(
         before, after = _parameter_count(reader.manifest.specs()), _parameter_count(plan.specs)
         typer.echo(f"{target}: {changed or 'same sizes'}; {before:,} → {after:,} parameters")
         typer.echo(f"{total / 1e6:.1f} MB written by {group.size} ranks in {seconds:.1f} s")
+        if json_file:
+            figures = {
+                "source": str(source),
+                **plan.changes,
+                "parameters_before": before,
+                "parameters_after": after,
+                "seconds": seconds,
+                "bytes_written": total,
+            }
+            json_file.write_text(json.dumps(figures) + "\n", encoding="utf-8")
 
 
 def verify(

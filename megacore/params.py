@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -124,6 +124,12 @@ class Parameter(nn.Parameter):
     spec: ParamSpec
     region: Region
     tensor_model_parallel: bool  # DeepSpeed reads this: gradients of replicated parameters are counted once
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Parameter:
+        copied: Parameter = super().__deepcopy__(memo)  # type: ignore[no-untyped-call]
+        copied.spec, copied.region = self.spec, self.region
+        copied.tensor_model_parallel = self.tensor_model_parallel
+        return copied
 
 
 class Declare:

@@ -84,7 +84,9 @@ def merge(kind: type[Settings], values: Mapping[str, Any], overrides: Mapping[st
                 raise unknown_key(key, paths)
             path = paths[key]
         elif path not in paths.values():
-            raise unknown_key(key, (".".join(p) for p in paths.values()))
+            dotted = [".".join(p) for p in paths.values()]
+            same_name = [name for name in dotted if name.endswith("." + path[-1])]
+            raise unknown_key(key, same_name or dotted)
         section = merged
         for name in path[:-1]:
             section = section.setdefault(name, {})
@@ -98,7 +100,8 @@ def validated(kind: type[S], values: Mapping[str, Any], where: str = "") -> S:
         return kind.model_validate(values)
     except ValidationError as error:
         paths = leaf_keys(kind)
-        for problem in error.errors():
+        # A misspelt key also makes the right one missing: speak of the misspelling.
+        for problem in sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden"):
             location = ".".join(str(part) for part in problem["loc"])
             if problem["type"] == "extra_forbidden":
                 known = {path[-1] for path in paths.values() if path[:-1] == problem["loc"][:-1]}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ def train(config: RunConfig) -> None:
     """
     device = join_world()
     try:
-        _Training(config, ParallelGrid.create(config.parallel), TorchRanks(), device).run()
+        TrainingStage(config, ParallelGrid.create(config.parallel), TorchRanks(), device).run()
     finally:
         leave_world()
 
@@ -77,7 +76,19 @@ class _Start:
         )
 
 
-class _Training:
+class TrainingStage:
+    """A stage of training in an initialised world.
+
+    Args:
+        config: of the run.
+        grid: of the processes.
+        group: all processes.
+        device: of this process.
+
+    Raises:
+        MegacoreError: on every rank alike, if any rank cannot start.
+    """
+
     def __init__(self, config: RunConfig, grid: ParallelGrid, group: Communicator, device: torch.device) -> None:
         self._config, self._grid, self._group, self._device = config, grid, group, device
         self._training = config.training
@@ -215,12 +226,12 @@ class _Training:
         files = [
             (f"rank{self._group.rank:05d}.safetensors", pieces_to_write(self._engine, self._grid.tensor_parallel_rank))
         ]
-        write_checkpoint(path, self._group, files, partial(_manifest, self))
+        write_checkpoint(path, self._group, files, self._manifest)
         if self._group.rank == 0:
             remove_old(self._training.output_dir, self._training.keep_last)
         display.say(f"saved {path}")
 
-    def manifest(self, files: dict[str, FileRecord]) -> Manifest:
+    def _manifest(self, files: dict[str, FileRecord]) -> Manifest:
         """Describe the present state."""
         specs = declarations(self._config.model)
         kept = self._start.multipliers or Multipliers(dict.fromkeys(specs, 1.0), dict.fromkeys(specs, 1.0))
@@ -238,10 +249,6 @@ class _Training:
             lineage=self._start.reader.manifest.lineage if self._start.reader else (),
             training_data=self._training_data(),
         )
-
-
-def _manifest(training: _Training, files: dict[str, FileRecord]) -> Manifest:
-    return training.manifest(files)
 
 
 def _open_data(path: Path, model: ModelConfig) -> InstanceDataset:

@@ -1,0 +1,181 @@
+"""The model computes what Hugging Face's BertForPreTraining computes, whole and tensor parallel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertForPreTraining
+
+from megacore.config import ModelConfig, ParallelConfig
+from megacore.models.bert import Bert, BertInput
+from megacore.parallel.grid import ParallelGrid
+from megacore.params import Declare, declared, region_shape
+from tests.models import model_config
+from tests.ranks import run_ranks
+
+BATCH, SEQ = 4, 24
+
+
+def hugging_face(config: ModelConfig, dtype: torch.dtype = torch.float32) -> BertForPreTraining:
+    torch.manual_seed(0)
+    model = BertForPreTraining(
+        BertConfig(
+            **{key: getattr(config, key) for key in ("vocab_size", "hidden_size", "num_hidden_layers")},
+            **{key: getattr(config, key) for key in ("num_attention_heads", "intermediate_size")},
+            max_position_embeddings=config.max_position_embeddings,
+            initializer_range=config.initializer_range,
+            layer_norm_eps=config.layer_norm_eps,
+        )
+    )
+    with torch.no_grad():  # gains and biases too, so that each of them is tested
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.to(dtype).eval()
+
+
+def carried_over(source: BertForPreTraining, config: ModelConfig) -> dict[str, torch.Tensor]:
+    """Name Hugging Face's weights as megacore's, written down by hand."""
+    weights = {name: tensor.detach() for name, tensor in source.state_dict().items()}
+    heads = (config.num_attention_heads, config.head_dim)
+    hidden = config.hidden_size
+    bert, cls = "bert.", "cls.predictions."
+    result = {
+        "embeddings.word": weights[bert + "embeddings.word_embeddings.weight"],
+        "embeddings.position": weights[bert + "embeddings.position_embeddings.weight"],
+        "embeddings.segment": weights[bert + "embeddings.token_type_embeddings.weight"],
+        "embeddings.norm.weight": weights[bert + "embeddings.LayerNorm.weight"],
+        "embeddings.norm.bias": weights[bert + "embeddings.LayerNorm.bias"],
+        "mlm_head.transform_weight": weights[cls + "transform.dense.weight"],
+        "mlm_head.transform_bias": weights[cls + "transform.dense.bias"],
+        "mlm_head.norm.weight": weights[cls + "transform.LayerNorm.weight"],
+        "mlm_head.norm.bias": weights[cls + "transform.LayerNorm.bias"],
+        "mlm_head.bias": weights[cls + "bias"],
+        "nsp_head.pooler_weight": weights[bert + "pooler.dense.weight"],
+        "nsp_head.pooler_bias": weights[bert + "pooler.dense.bias"],
+        "nsp_head.weight": weights["cls.seq_relationship.weight"],
+        "nsp_head.bias": weights["cls.seq_relationship.bias"],
+    }
+    for number in range(config.num_hidden_layers):
+        theirs, ours = f"{bert}encoder.layer.{number}.", f"layers.{number}."
+        attention = theirs + "attention.self."
+        result |= {
+            ours + "attention.query_weight": weights[attention + "query.weight"].view(*heads, hidden),
+            ours + "attention.query_bias": weights[attention + "query.bias"].view(*heads),
+            ours + "attention.key_value_weight": torch.stack(
+                [weights[attention + name].view(*heads, hidden) for name in ("key.weight", "value.weight")]
+            ),
+            ours + "attention.key_value_bias": torch.stack(
+                [weights[attention + name].view(*heads) for name in ("key.bias", "value.bias")]
+            ),
+            ours + "attention.output_weight": weights[theirs + "attention.output.dense.weight"].view(hidden, *heads),
+            ours + "attention.output_bias": weights[theirs + "attention.output.dense.bias"],
+            ours + "attention_norm.weight": weights[theirs + "attention.output.LayerNorm.weight"],
+            ours + "attention_norm.bias": weights[theirs + "attention.output.LayerNorm.bias"],
+            ours + "mlp.up_weight": weights[theirs + "intermediate.dense.weight"],
+            ours + "mlp.up_bias": weights[theirs + "intermediate.dense.bias"],
+            ours + "mlp.down_weight": weights[theirs + "output.dense.weight"],
+            ours + "mlp.down_bias": weights[theirs + "output.dense.bias"],
+            ours + "mlp_norm.weight": weights[theirs + "output.LayerNorm.weight"],
+            ours + "mlp_norm.bias": weights[theirs + "output.LayerNorm.bias"],
+        }
+    return result
+
+
+def inputs(vocab_size: int) -> BertInput:
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.tensor([SEQ, 9, 17, SEQ])
+    position = torch.arange(SEQ)
+    masked = ((position % 5 == 2) & (position < lengths.unsqueeze(1))).flatten().nonzero().flatten()
+    return BertInput(
+        torch.randint(0, vocab_size, (BATCH, SEQ), generator=generator),
+        (position >= lengths.unsqueeze(1) // 2).long(),
+        lengths,
+        masked,
+    )
+
+
+def expected_logits(model: BertForPreTraining, batch: BertInput) -> tuple[torch.Tensor, torch.Tensor]:
+    mask = (torch.arange(SEQ) < batch.lengths.unsqueeze(1)).long()
+    output = model(input_ids=batch.input_ids, token_type_ids=batch.token_type_ids, attention_mask=mask)
+    return output.prediction_logits.reshape(BATCH * SEQ, -1)[batch.masked_positions], output.seq_relationship_logits
+
+
+def filled(config: ModelConfig, weights: dict[str, torch.Tensor], grid: ParallelGrid, dtype: torch.dtype) -> Bert:
+    declare = Declare(config, grid.tensor_parallel_rank, grid.tensor_parallel_size, dtype=dtype)
+    model = Bert(config, declare, grid)
+    with torch.no_grad():
+        for name, parameter in declared(model):
+            box = tuple(slice(start, stop) for start, stop in parameter.region)
+            assert weights[name].shape == parameter.spec.shape
+            assert region_shape(parameter.region) == parameter.shape
+            parameter.copy_(weights[name][box])
+    return model
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
+def test_logits_equal_hugging_face(dtype: torch.dtype, tolerance: float) -> None:
+    config = model_config()
+    reference, batch = hugging_face(config, dtype), inputs(config.vocab_size)
+    model = filled(config, carried_over(reference, config), ParallelGrid(), dtype)
+    with torch.inference_mode():
+        ours, (mlm, nsp) = model(batch), expected_logits(reference, batch)
+    scale = 1.0 if dtype == torch.float32 else float(mlm.abs().max())
+    assert float((ours.mlm - mlm).abs().max()) <= tolerance * scale
+    assert float((ours.nsp - nsp).abs().max()) <= tolerance * scale
+
+
+def tensor_parallel_logits(size: int) -> Any:
+    from megacore.training.distributed import join_world, leave_world
+
+    join_world()
+    grid = ParallelGrid.create(ParallelConfig(tensor_parallel_size=size))
+    config = model_config()
+    reference, batch = hugging_face(config), inputs(config.vocab_size)
+    model = filled(config, carried_over(reference, config), grid, torch.float32)
+    with torch.inference_mode():
+        logits = model(batch)
+    mlm, nsp = expected_logits(reference, batch)
+    labels = torch.arange(len(mlm)) % config.vocab_size
+    sums = model.sums(logits, labels, torch.tensor([0, 1, 0, 1]))
+    loss = torch.nn.functional.cross_entropy(mlm, labels, reduction="sum")
+    hits = (mlm.argmax(-1) == labels).sum()
+    leave_world()
+    first, stop = model.embeddings.word.region[0]
+    return {
+        "mlm": float((logits.mlm - mlm[:, first:stop]).abs().max()),
+        "nsp": float((logits.nsp - nsp).abs().max()),
+        "loss": float((sums.mlm_loss - loss).abs() / loss),
+        "hits": int(sums.mlm_correct) - int(hits),
+        "width": logits.mlm.shape[1],
+    }
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_logits_and_losses_equal_hugging_face_under_tensor_parallelism(size: int) -> None:
+    results = run_ranks(tensor_parallel_logits, size, size)
+    # 101 tokens are no multiple of 2 or 4: the vocabulary is shared without padding.
+    assert sum(result["width"] for result in results) == 101
+    for result in results:
+        assert max(result["mlm"], result["nsp"]) <= 1e-5
+        assert result["loss"] <= 1e-6
+        assert result["hits"] == 0
+
+
+def test_flops_equal_a_count_of_the_matrix_products() -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from megacore.models.flops import bert_forward_flops
+
+    config = model_config()
+    model = filled(config, carried_over(hugging_face(config), config), ParallelGrid(), torch.float32)
+    batch = inputs(config.vocab_size)
+    # The counter sees the products of plain attention, not those inside a fused kernel.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(batch)
+    counted = bert_forward_flops(config, BATCH, SEQ, len(batch.masked_positions))
+    assert np.isclose(counted, counter.get_total_flops(), rtol=1e-12)
