@@ -66,7 +66,8 @@ def _whole_words_only(word: NDArray[np.int64], fits: NDArray[np.bool_]) -> NDArr
     cut_word = np.where(broken.any(1), word[np.arange(len(word)), broken.argmax(1)], -1)
     first_word = word[:, 0]
     cut_word = np.where(cut_word == first_word, -1, cut_word)
-    return word != cut_word[:, None]
+    kept: NDArray[np.bool_] = word != cut_word[:, None]
+    return kept
 
 
 def _hidden(

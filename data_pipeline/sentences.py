@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 _ABBREVIATIONS = frozenset(
-    "dr mr mrs ms prof sr jr st vs etc e.g i.e cf al fig figs eq eqs sec secs no nos vol pp p ch approx resp "
-    "inc ltd co corp dept est u.s u.k a.m p.m jan feb mar apr jun jul aug sep sept oct nov dec ref refs".split()
+    """dr mr mrs ms prof sr jr st vs etc e.g i.e cf al fig figs eq eqs sec secs no nos vol pp p ch approx resp inc ltd
+    co corp dept est u.s u.k a.m p.m jan feb mar apr jun jul aug sep sept oct nov dec ref refs""".split()  # noqa: SIM905
 )
 # A full stop, question or exclamation mark, closing quotes or brackets, white space, then what begins a sentence;
 # or Chinese punctuation, which needs no space; or an empty line.

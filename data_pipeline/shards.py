@@ -114,7 +114,9 @@ class Dataset:
             if not file.is_file():
                 raise DataError(f"{file} is missing")
             if file.stat().st_size != record.size:
-                raise DataError(f"{file} has {file.stat().st_size} bytes instead of {record.size}: cut short or altered")
+                raise DataError(
+                    f"{file} has {file.stat().st_size} bytes instead of {record.size}: cut short or altered"
+                )
 
     def columns(self, name: str) -> Columns:
         """Map the columns of a file."""

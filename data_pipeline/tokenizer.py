@@ -78,7 +78,9 @@ class Tokenizer:
         self.vocab_size: int = self._model.get_piece_size()
         for number, token in enumerate(SPECIAL_TOKENS):
             if number >= self.vocab_size or self._model.id_to_piece(number) != token:
-                raise DataError(f"{path}: id {number} is not {token}; train the tokenizer with 'megacore data tokenizer'")
+                raise DataError(
+                    f"{path}: id {number} is not {token}; train the tokenizer with 'megacore data tokenizer'"
+                )
         self.sha256 = file_digest(path)
 
     def encode(self, sentences: list[str]) -> list[list[int]]:

@@ -54,9 +54,7 @@ def grow(
         values = parse_overrides(sizes)
         layout = {key: values.pop(key, getattr(reader.manifest.layout, key)) for key in ParallelConfig.model_fields}
         plan = make_plan(reader.manifest.model, values, Symmetry(noise_scale, share_scale, seed))
-        output = GrowthOutput(
-            validated(ParallelConfig, layout), optimizer == "map", dtype, hold_steps, anneal_steps
-        )
+        output = GrowthOutput(validated(ParallelConfig, layout), optimizer == "map", dtype, hold_steps, anneal_steps)
         total = planned_bytes(reader, plan, output)
     with byte_bar("growing (rank 0)", total / group.size, enabled=group.rank == 0) as advance:
         grow_checkpoint(reader, plan, target, output, group, advance)

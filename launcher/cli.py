@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
+from typing import NoReturn
 
 import typer
 
@@ -84,28 +86,23 @@ def main() -> None:
         sys.exit(1)
 
 
-def _exit_all_ranks(error: MegacoreError) -> None:
+_RANK_0_FIRST = 5.0
+"""Seconds that the other ranks leave rank 0 to report an error that it met too; its exit ends the job."""
+
+
+def _exit_all_ranks(error: MegacoreError) -> NoReturn:
     """Print an error once, and leave no rank behind.
 
-    An error that all ranks agreed on (`megacore.communicator.together`) is printed by rank 0; one that a rank met
-    alone is printed by that rank, which then ends the job.
+    Launchers end a job when one of its processes fails. So rank 0 speaks first; another rank speaks only if the job
+    still runs then, for an error that it met alone.
     """
-    from megacore.communicator import launched_by_mpi
-
-    shared = getattr(error, "agreed", False)
     rank = int(os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")))
-    before_start = not _world_is_up()
-    if rank == 0 or not (shared or before_start):
+    if rank > 0:
+        time.sleep(_RANK_0_FIRST)
+    if rank == 0 or not error.agreed:
         print(f"error: {error}", file=sys.stderr, flush=True)
-    if launched_by_mpi() and not shared and _world_is_up():
-        from mpi4py import MPI
-
-        MPI.COMM_WORLD.Abort(2)
-    sys.stdout.flush()
-    os._exit(2)  # without waiting for other ranks, which DeepSpeed's and MPI's exit handlers would
-
-
-def _world_is_up() -> bool:
     mpi = sys.modules.get("mpi4py.MPI")
-    torch_distributed = sys.modules.get("torch.distributed")
-    return bool(mpi and mpi.Is_initialized()) or bool(torch_distributed and torch_distributed.is_initialized())
+    if mpi and mpi.Is_initialized() and not error.agreed:
+        mpi.COMM_WORLD.Abort(2)
+    sys.stdout.flush()
+    os._exit(2)  # without DeepSpeed's and MPI's exit handlers, which would wait for the other ranks

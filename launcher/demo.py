@@ -25,7 +25,7 @@ _RECIPE = _ROOT / "recipes" / "demo"
 _MARKER = ".megacore-demo"
 _RANKS = 2
 _FIRST_STEPS = 20
-_GROWTH = ("hidden_size=256", "num_attention_heads=8", "intermediate_size=1024", "tensor_parallel_size=2")
+_GROWTH = ("hidden_size=128", "num_attention_heads=4", "intermediate_size=512", "tensor_parallel_size=2")
 
 
 def run_demo(directory: Path, text: Path | None) -> None:
@@ -61,7 +61,7 @@ def run_demo(directory: Path, text: Path | None) -> None:
     growth = json.loads(facts.read_text()) | {"verification": json.loads(proof.read_text())}
     (grown / "growth.json").write_text(json.dumps(growth, indent=1) + "\n", encoding="utf-8")
     steps.run("grown model, DP 2", _train(directory, "large.yaml", grown, f"initial_checkpoint={target}"))
-    steps.run("from scratch, DP 2", _train(directory, "large.yaml", scratch))
+    steps.run("from scratch, DP 2", _train(directory, "large.yaml", scratch, "warmup_steps=100"))
 
     runs = [read_run(path) for path in (small, grown, scratch)]
     page = directory / "report.html"
@@ -130,7 +130,9 @@ def _print_findings(console: Console, directory: Path) -> None:
         f"{proof['nsp_relative_error']:.1e} (NSP)"
     )
     before, after = small.validation[-1].loss, grown.validation[0].loss
-    console.print(f"held-out loss: small at its end {before:.5f}, grown at its step 0 {after:.5f} ({after - before:+.1e})")
+    console.print(
+        f"held-out loss: small at its end {before:.5f}, grown at its step 0 {after:.5f} ({after - before:+.1e})"
+    )
     last = statistics.fmean(point.loss for point in small.train[-_FIRST_STEPS:])
     first = statistics.fmean(point.loss for point in grown.train[:_FIRST_STEPS])
     console.print(

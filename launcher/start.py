@@ -26,7 +26,17 @@ def deepspeed_command(processes: int, *words: str | Path) -> list[str]:
     """Return the command line of a training job on this machine, under the ``deepspeed`` launcher."""
     # A port of its own: a job that was killed a moment ago may still hold the default one.
     port = str(_free_port())
-    flags = ["--no_local_rank", "--num_gpus", str(processes), "--master_port", port, "--log_level", "error", "--module", "launcher"]
+    flags = [
+        "--no_local_rank",
+        "--num_gpus",
+        str(processes),
+        "--master_port",
+        port,
+        "--log_level",
+        "error",
+        "--module",
+        "launcher",
+    ]
     return [sys.executable, str(_BIN / "deepspeed"), *flags, *map(str, words)]
 
 

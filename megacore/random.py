@@ -38,7 +38,8 @@ def random_bits(key: int, index: NDArray[np.integer]) -> NDArray[np.uint64]:
 
 def uniform(key: int, index: NDArray[np.integer]) -> NDArray[np.float64]:
     """Return uniform numbers in [0, 1), one for each counter in ``index``."""
-    return (random_bits(key, index) >> np.uint64(11)) * 2.0**-53
+    numbers: NDArray[np.float64] = (random_bits(key, index) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return numbers
 
 
 def standard_normal(key: int, index: NDArray[np.integer]) -> NDArray[np.float64]:

@@ -125,7 +125,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of sections to keys, got {type(values).__name__}")
-    return _numbers(values)
+    numbers: dict[str, Any] = _numbers(values)
+    return numbers
 
 
 def _numbers(value: Any) -> Any:

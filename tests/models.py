@@ -96,9 +96,7 @@ def run_config(folder: Path, data: Path, **changes: Any) -> RunConfig:
         section = model if key in ModelConfig.model_fields else parallel if key.endswith("parallel_size") else training
         section[key] = value
     data_section = {"train_data": str(data), "validation_data": str(data)}
-    return validated(
-        RunConfig, {"model": model, "parallel": parallel, "training": training, "data": data_section}
-    )
+    return validated(RunConfig, {"model": model, "parallel": parallel, "training": training, "data": data_section})
 
 
 def reference_losses(config: RunConfig, steps: int) -> tuple[list[float], list[float]]:

@@ -71,9 +71,7 @@ class CheckpointReader:
         result = np.empty(region_shape(region), self.dtype(parameter, state))
         filled = 0
         for box, pieces in self._boxes(parameter, state).items():
-            overlap = tuple(
-                (max(a0, b0), min(a1, b1)) for (a0, a1), (b0, b1) in zip(region, box, strict=True)
-            )
+            overlap = tuple((max(a0, b0), min(a1, b1)) for (a0, a1), (b0, b1) in zip(region, box, strict=True))
             if any(start >= stop for start, stop in overlap):
                 continue
             target = tuple(slice(o0 - r0, o1 - r0) for (o0, o1), (r0, _) in zip(overlap, region, strict=True))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from megacore.checkpoint.manifest import WEIGHT, Annealing, FileRecord, Layout, Manifest, parameter_records
 from megacore.checkpoint.reader import CheckpointReader
 from megacore.checkpoint.writer import FileToWrite, PieceToWrite, write_checkpoint
-from megacore.communicator import Communicator
+from megacore.communicator import Communicator, together
 from megacore.config import ParallelConfig
 from megacore.growth.apply import grow_box
 from megacore.growth.plan import GrowthPlan
@@ -69,8 +69,8 @@ def grow_checkpoint(
         ConfigError: the layout does not fit the grown model.
         CheckpointError: the source is damaged, or the target cannot be written.
     """
-    output.parallel.check(plan.target)
-    files = planned_files(reader, plan, output)
+    with together(group):
+        files = planned_files(reader, plan, output)
     own = _share_of(files, group, lambda file: sum(_bytes(piece) for piece in file[1]))
     counted = ((name, [_counted(piece, on_progress) for piece in pieces]) for name, pieces in own)
     write_checkpoint(path, group, counted, partial(_manifest, reader, plan, output))
@@ -82,7 +82,12 @@ def planned_bytes(reader: CheckpointReader, plan: GrowthPlan, output: GrowthOutp
 
 
 def planned_files(reader: CheckpointReader, plan: GrowthPlan, output: GrowthOutput) -> list[FileToWrite]:
-    """List all files of the grown checkpoint with their pieces; nothing is computed yet."""
+    """List all files of the grown checkpoint with their pieces; nothing is computed yet.
+
+    Raises:
+        ConfigError: the layout does not fit the grown model.
+    """
+    output.parallel.check(plan.target)
     states = reader.manifest.states if output.keep_optimizer else (WEIGHT,)
     files: list[FileToWrite] = []
     for rank in range(output.parallel.tensor_parallel_size):
@@ -134,9 +139,7 @@ def _counted(piece: PieceToWrite, on_progress: Callable[[int], None]) -> PieceTo
     return piece._replace(blocks=blocks)
 
 
-def _share_of(
-    files: list[FileToWrite], group: Communicator, size: Callable[[FileToWrite], int]
-) -> list[FileToWrite]:
+def _share_of(files: list[FileToWrite], group: Communicator, size: Callable[[FileToWrite], int]) -> list[FileToWrite]:
     """Give each file, largest first, to the rank with the least work so far; return this rank's."""
     loads = [0] * group.size
     own = []

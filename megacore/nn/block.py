@@ -29,4 +29,5 @@ class Block(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None, dropout: DropoutKeys | None) -> Tensor:
         """x: [batch, seq, hidden]; mask: [batch, 1, 1, seq] -> [batch, seq, hidden]."""
         x = self.attention_norm(x + self._attention_dropout(self.attention(x, mask, dropout), dropout))
-        return self.mlp_norm(x + self._mlp_dropout(self.mlp(x), dropout))
+        output: Tensor = self.mlp_norm(x + self._mlp_dropout(self.mlp(x), dropout))
+        return output

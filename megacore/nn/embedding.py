@@ -34,4 +34,5 @@ class Embeddings(nn.Module):
         """input_ids, token_type_ids: [batch, seq] -> [batch, seq, hidden]."""
         words = embed_tokens(input_ids, self.word, self.first_id, self._grid)
         x = words + self.position[: input_ids.shape[1]] + self.segment[token_type_ids]
-        return self._dropout(self.norm(x), dropout)
+        output: Tensor = self._dropout(self.norm(x), dropout)
+        return output

@@ -18,7 +18,7 @@ class _Copy(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         gradient = gradient.contiguous()
         dist.all_reduce(gradient, group=ctx.group)
         return gradient, None
@@ -32,7 +32,7 @@ class _Reduce(torch.autograd.Function):
         return x
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 
@@ -40,7 +40,7 @@ def copy_to_tensor_parallel(x: Tensor, grid: ParallelGrid) -> Tensor:
     """Enter a column-parallel region: identity forward, one all-reduce of x's size backward."""
     if grid.tensor_parallel_size == 1:
         return x
-    result: Tensor = _Copy.apply(x, grid.tensor_parallel_group)
+    result: Tensor = _Copy.apply(x, grid.tensor_parallel_group)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -48,7 +48,7 @@ def reduce_from_tensor_parallel(x: Tensor, grid: ParallelGrid) -> Tensor:
     """Leave a row-parallel region: one all-reduce (sum) of x's size forward, identity backward."""
     if grid.tensor_parallel_size == 1:
         return x
-    result: Tensor = _Reduce.apply(x, grid.tensor_parallel_group)
+    result: Tensor = _Reduce.apply(x, grid.tensor_parallel_group)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -46,7 +46,7 @@ class ParallelGrid:
 
 def _own_group(groups: list[list[int]], rank: int) -> dist.ProcessGroup:
     """Create all groups on all ranks (torch requires it) and return the one that ``rank`` is in."""
-    own = None
+    own: dist.ProcessGroup | None = None
     for ranks in groups:
         group = dist.new_group(ranks)
         if rank in ranks:

@@ -37,9 +37,7 @@ def join_world() -> torch.device:
         torch.cuda.set_device(local_rank)
     # DeepSpeed compiles an op here that only its inference uses; the attribute path is shadowed by torch itself.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
-    deepspeed.init_distributed(
-        "nccl" if on_gpu else "gloo", auto_mpi_discovery=False, timeout=_TIMEOUT, verbose=False
-    )
+    deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, timeout=_TIMEOUT, verbose=False)
     return torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import deepspeed
@@ -29,7 +29,7 @@ class Multipliers:
 
     learning_rate: dict[str, float]
     adam_eps: dict[str, float]
-    annealing: Annealing = Annealing()
+    annealing: Annealing = field(default_factory=Annealing)
 
 
 class TrainingEngine:
@@ -56,9 +56,7 @@ class TrainingEngine:
         self.model = Bert(config.model, declare, grid)
         initialise(self.model, config.model, config.training.seed)
         self._annealing = multipliers.annealing if multipliers else Annealing()
-        settings = resolve_deepspeed_config(
-            config.training.deepspeed_config, config.training, grid.data_parallel_size
-        )
+        settings = resolve_deepspeed_config(config.training.deepspeed_config, config.training, grid.data_parallel_size)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # DeepSpeed's notes on torch's deprecations
             self._engine, self.optimizer, _, _ = deepspeed.initialize(

@@ -94,7 +94,8 @@ class TrainingStage:
         self._training = config.training
         with together(group):
             self._data = _open_data(config.data.train_data, config.model)
-            self._validation = config.data.validation_data and _open_data(config.data.validation_data, config.model)
+            held_out = config.data.validation_data
+            self._validation = None if held_out is None else _open_data(held_out, config.model)
             self._start = _find_start(config, self._training_data())
             self._batches = PretrainingBatches(
                 self._data,
@@ -196,10 +197,10 @@ class TrainingStage:
 
     def _flops(self, batches: list[DeviceBatch]) -> float:
         """Count what all replicas computed in a step."""
-        own = sum(
-            bert_training_flops(self._config.model, *batch.inputs.input_ids.shape, len(batch.masked_labels))
-            for batch in batches
-        )
+        own = 0.0
+        for batch in batches:
+            samples, seq = batch.inputs.input_ids.shape
+            own += bert_training_flops(self._config.model, samples, seq, len(batch.masked_labels))
         total = torch.tensor([own], dtype=torch.float64, device=self._device)
         return float(data_parallel_sum(total, self._grid))
 

@@ -153,9 +153,7 @@ def adam_of(reader: CheckpointReader) -> tuple[Bert, torch.optim.AdamW]:
     """Make the model of a checkpoint and go on with its optimizer state."""
     model = load_model(reader, torch.float64)
     records = reader.manifest.parameters
-    optimizer = adam(
-        model, {name: (r.learning_rate_multiplier, r.adam_eps_multiplier) for name, r in records.items()}
-    )
+    optimizer = adam(model, {name: (r.learning_rate_multiplier, r.adam_eps_multiplier) for name, r in records.items()})
     for name, parameter in declared(model):
         moments = {key: torch.from_numpy(reader.read(name, key)) for key in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": torch.tensor(float(reader.manifest.progress.step)), **moments}
@@ -164,7 +162,7 @@ def adam_of(reader: CheckpointReader) -> tuple[Bert, torch.optim.AdamW]:
 
 @pytest.mark.parametrize("sizes", [DOUBLE, {**TRIPLE, "intermediate_size": 120}], ids=["x2", "x3"])
 def test_adam_goes_on_in_lock_step_with_the_small_model(trained: Any, tmp_path: Path, sizes: dict[str, int]) -> None:
-    source, model, optimizer = copy.deepcopy(trained)
+    source, _, _ = trained
     small, small_adam = adam_of(CheckpointReader(source))
     large, large_adam = adam_of(grow(source, tmp_path / "large", sizes, symmetry=EVEN))
     before = text_loss(small, 50).item()

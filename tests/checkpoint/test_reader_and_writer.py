@@ -1,0 +1,249 @@
+"""Checkpoints: any box of any tensor from any layout; damage is found and named; nothing is left half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from megacore.checkpoint.manifest import Layout, Manifest, Progress, parameter_records, read_manifest
+from megacore.checkpoint.reader import CheckpointReader
+from megacore.checkpoint.stream import Entry, SafetensorsStream
+from megacore.checkpoint.writer import PieceToWrite, write_checkpoint
+from megacore.communicator import Alone
+from megacore.errors import CheckpointError
+from megacore.growth.verify import check_integrity
+from megacore.models.bert import declarations
+from tests.models import model_config
+
+CONFIG = model_config()
+SPECS = declarations(CONFIG)
+
+
+def values(name: str) -> np.ndarray[Any, Any]:
+    """Any numbers, different for each parameter."""
+    return np.random.default_rng(len(name)).normal(size=SPECS[name].shape).astype(np.float32)
+
+
+def files_of(parts: int, replicas: int) -> list[tuple[str, list[PieceToWrite]]]:
+    """Cut the model as tensor-parallel ranks and ZeRO replicas do: each replica has a run of each local tensor."""
+    files = []
+    for rank in range(parts):
+        for replica in range(replicas):
+            pieces = []
+            for name, spec in SPECS.items():
+                if spec.sharded_dim is None and rank:
+                    continue
+                region = spec.local_region(rank, parts)
+                local = values(name)[tuple(slice(*bounds) for bounds in region)]
+                start, stop = local.size * replica // replicas, local.size * (replica + 1) // replicas
+                if start == stop:
+                    continue
+                run = (start, stop) if replicas > 1 else None
+                block = local.ravel()[start:stop] if run else local
+                pieces.append(PieceToWrite("weight", name, region, run, "float32", lambda block=block: [block]))
+            files.append((f"rank{rank}-{replica}.safetensors", pieces))
+    return files
+
+
+def write(path: Path, parts: int = 1, replicas: int = 1) -> Path:
+    def manifest(files: Any) -> Manifest:
+        return Manifest(
+            model=CONFIG,
+            layout=Layout(tensor_parallel_size=parts, data_parallel_size=replicas),
+            progress=Progress(step=3),
+            parameters=parameter_records(SPECS, dict.fromkeys(SPECS, (1.0, 1.0))),
+            files=files,
+        )
+
+    write_checkpoint(path, Alone(), files_of(parts, replicas), manifest)
+    return path
+
+
+@pytest.mark.parametrize(("parts", "replicas"), [(1, 1), (2, 1), (4, 1), (1, 3), (2, 2)])
+def test_every_layout_reads_back_as_the_same_tensors(tmp_path: Path, parts: int, replicas: int) -> None:
+    reader = CheckpointReader(write(tmp_path / "c", parts, replicas))
+    reader.check_coverage()
+    for name in SPECS:
+        assert np.array_equal(reader.read(name, "weight"), values(name))
+
+
+@pytest.fixture(scope="module")
+def fragmented(tmp_path_factory: pytest.TempPathFactory) -> CheckpointReader:
+    return CheckpointReader(write(tmp_path_factory.mktemp("boxes") / "c", parts=2, replicas=3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_box_of_any_tensor_can_be_read(fragmented: CheckpointReader, data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(SPECS)))
+    region = []
+    for size in SPECS[name].shape:
+        start = data.draw(st.integers(0, size - 1))
+        region.append((start, data.draw(st.integers(start + 1, size))))
+    expected = values(name)[tuple(slice(*bounds) for bounds in region)]
+    assert np.array_equal(fragmented.read(name, "weight", tuple(region)), expected)
+
+
+def test_the_stream_writes_what_the_safetensors_library_reads(tmp_path: Path) -> None:
+    arrays = {"a": np.arange(12.0).reshape(3, 4), "b": np.float32([[1.5], [2.5]]), "ü": np.zeros((1, 0, 2))}
+    entries = [Entry(key, str(array.dtype), array.shape) for key, array in arrays.items()]
+    with SafetensorsStream(tmp_path / "f", entries) as stream:
+        for key, array in arrays.items():
+            stream.write(key, [array[:1], array[1:]])
+    assert (tmp_path / "f").stat().st_size == stream.size
+    for key, array in load_file(tmp_path / "f").items():
+        assert array.dtype == arrays[key].dtype and np.array_equal(array, arrays[key])
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) * 3 // 4] ^= 1
+    file.write_bytes(content)
+
+
+def damage_header(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b'"F32"', b'"I32"', 1))
+
+
+def remove(file: Path) -> None:
+    file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [(truncate, "cut short"), (flip, "altered"), (damage_header, "another shape or type"), (remove, "missing")],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, damage: Callable[[Path], None], what: str) -> None:
+    path = write(tmp_path / "c", parts=2)
+    damage(path / "rank1-0.safetensors")
+    with pytest.raises(CheckpointError, match=r"rank1-0\.safetensors") as error:
+        check_integrity(CheckpointReader(path))
+    assert what in str(error.value)
+
+
+def test_swapped_files_are_found(tmp_path: Path) -> None:
+    path = write(tmp_path / "c", parts=2)
+    a, b = path / "rank0-0.safetensors", path / "rank1-0.safetensors"
+    spare = tmp_path / "spare"
+    a.rename(spare)
+    b.rename(a)
+    spare.rename(b)
+    with pytest.raises(CheckpointError, match="safetensors"):
+        check_integrity(CheckpointReader(path))
+
+
+def edited(path: Path, edit: Callable[[dict[str, Any]], None], honest: bool = True) -> None:
+    """Edit a manifest; an honest edit also mends the checksum, as a determined user could."""
+    from megacore.checkpoint import manifest
+
+    file = path / "manifest.json"
+    body = json.loads(file.read_text())
+    edit(body)
+    if honest:
+        body.pop("sha256")
+        body["sha256"] = manifest._digest(body)
+    file.write_text(json.dumps(body))
+
+
+def test_an_edited_manifest_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "c")
+    edited(path, lambda body: body["progress"].update(step=4), honest=False)
+    with pytest.raises(CheckpointError, match=r"manifest\.json: altered"):
+        read_manifest(path)
+
+
+@pytest.mark.parametrize(
+    ("edit", "what"),
+    [
+        (lambda body: body["model"].update(hidden_size=48), "axes"),
+        (lambda body: body["model"].update(num_attention_heads=5), "num_attention_heads"),
+        (lambda body: body["model"].update(num_hidden_layers=3), "layers.2"),
+        (lambda body: body["parameters"].pop("nsp_head.bias"), "nsp_head.bias is missing"),
+        (lambda body: body["files"].update({"../../evil.safetensors": {"size": 1, "pieces": {}}}), "file name"),
+        (lambda body: body.update(version=2), "version 2"),
+        (lambda body: body.update(more=1), "more"),
+        (lambda body: body["files"]["rank0-0.safetensors"]["pieces"]["nsp_head.bias/weight"].update(run=[0, 9]), "fit"),
+    ],
+)
+def test_an_inconsistent_manifest_is_refused(tmp_path: Path, edit: Callable[[dict[str, Any]], None], what: str) -> None:
+    path = write(tmp_path / "c")
+    edited(path, edit)
+    with pytest.raises(CheckpointError, match=r"manifest\.json") as error:
+        read_manifest(path)
+    assert what in str(error.value)
+
+
+def test_a_missing_piece_is_found(tmp_path: Path) -> None:
+    path = write(tmp_path / "c")
+    edited(path, lambda body: body["files"]["rank0-0.safetensors"]["pieces"].pop("mlm_head.bias/weight"))
+    reader = CheckpointReader(path)
+    with pytest.raises(CheckpointError, match=r"0 of 101 entries of mlm_head\.bias/weight"):
+        reader.check_coverage()
+
+
+def test_values_that_are_not_finite_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = values
+
+    def with_nan(name: str) -> np.ndarray[Any, Any]:
+        array = original(name)
+        if name == "mlm_head.bias":
+            array[7] = np.nan
+        return array
+
+    monkeypatch.setattr("tests.checkpoint.test_reader_and_writer.values", with_nan)
+    path = write(tmp_path / "c")
+    with pytest.raises(CheckpointError, match=r"mlm_head\.bias/weight.*not finite"):
+        check_integrity(CheckpointReader(path))
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"format": "other"}', "\xff"])
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "c"
+    path.mkdir()
+    if content is not None:
+        (path / "manifest.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=str(path)):
+        CheckpointReader(path)
+
+
+def test_an_existing_directory_is_never_overwritten(tmp_path: Path) -> None:
+    path = write(tmp_path / "c")
+    before = (path / "manifest.json").read_bytes()
+    with pytest.raises(CheckpointError, match="exists already"):
+        write(path)
+    assert (path / "manifest.json").read_bytes() == before
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    def failing() -> Any:
+        yield np.zeros((3, 24), np.float32)
+        raise OSError(28, "No space left on device")
+
+    spec = SPECS["mlm_head.transform_weight"]
+    region = spec.local_region(0, 1)
+    piece = PieceToWrite("weight", "mlm_head.transform_weight", region, None, "float32", failing)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        write_checkpoint(tmp_path / "c", Alone(), [("f.safetensors", [piece])], lambda files: None)  # type: ignore[arg-type,return-value]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_job_left_is_replaced(tmp_path: Path) -> None:
+    left = tmp_path / "c.incomplete"
+    left.mkdir()
+    (left / "rank0-0.safetensors").write_bytes(b"half")
+    write(tmp_path / "c")
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
