@@ -82,7 +82,7 @@ def build_sentences(
 
 def _about(config: DataBuildConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
-        "inputs": {path.name: file_digest(path) for path in config.inputs},
+        "inputs": [f"{path.name}: {file_digest(path)}" for path in config.inputs],
         "tokenizer_sha256": tokenizer.sha256,
         "vocab_size": tokenizer.vocab_size,
         "validation_fraction": config.validation_fraction,

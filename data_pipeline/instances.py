@@ -81,13 +81,15 @@ def _shards(
         pairs = _pairs(config, corpus, copy, file)
         key = stream_key(config.seed, "masking", copy, corpus.files[file])
         batches: list[Columns] = []
-        counts = {"instances": 0, "tokens": 0, "masked": 0, "random_next": 0}
+        counts = {"instances": 0, "tokens": 0, "corpus_tokens": 0, "masked": 0, "random_next": 0}
         while batch := list(islice(pairs, _BATCH)):
             keys = random_bits(key, np.arange(counts["instances"], counts["instances"] + len(batch)))
             columns = _masked_columns(config, tokenizer, batch, keys)
             batches.append(columns)
             counts["instances"] += len(batch)
             counts["tokens"] += len(columns["input_ids"])
+            # Every token of the corpus is used once: a foreign second segment is extra.
+            counts["corpus_tokens"] += sum(len(p.first) + (0 if p.is_random else len(p.second)) for p in batch)
             counts["masked"] += len(columns["masked_labels"])
             counts["random_next"] += int(columns["next_sentence_label"].sum())
             on_progress(len(batch))

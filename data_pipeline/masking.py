@@ -52,22 +52,19 @@ def mask_tokens(
     rank = place + 1
     fits = (rank <= wanted[:, None]) & np.take_along_axis(candidate, order, 1)
     if starts_word is not None:
-        fits &= _whole_words_only(np.take_along_axis(word, order, 1), fits)
+        fits = _whole_words(np.take_along_axis(word, order, 1), fits)
     np.put_along_axis(taken, order, fits, axis=1)
     return Masked(_hidden(ids, taken, keys, place, vocab_size), taken)
 
 
-def _whole_words_only(word: NDArray[np.int64], fits: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Give up the last word in the order if only a part of it fits; a sequence's first word is kept in part."""
-    next_word = np.roll(word, -1, axis=1)
-    next_fits = np.roll(fits, -1, axis=1)
+def _whole_words(word: NDArray[np.int64], fits: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Give up the last word in the order if only a part of it fits; the first word is taken whole in any case."""
+    next_word, next_fits = np.roll(word, -1, axis=1), np.roll(fits, -1, axis=1)
     next_word[:, -1], next_fits[:, -1] = -1, False
     broken = fits & ~next_fits & (next_word == word)
     cut_word = np.where(broken.any(1), word[np.arange(len(word)), broken.argmax(1)], -1)
-    first_word = word[:, 0]
-    cut_word = np.where(cut_word == first_word, -1, cut_word)
-    kept: NDArray[np.bool_] = word != cut_word[:, None]
-    return kept
+    chosen: NDArray[np.bool_] = (fits & (word != cut_word[:, None])) | (word == word[:, :1])
+    return chosen
 
 
 def _hidden(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -94,6 +95,8 @@ def write_dataset(
             for name, columns, counts in shards:
                 file = partial / f"{name}.safetensors"
                 save_file({key: np.ascontiguousarray(column) for key, column in columns.items()}, file)
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
                 records[file.name] = ShardRecord(size=file.stat().st_size, sha256=file_digest(file), counts=counts)
         gathered = group.all_gather(records)
         with together(group), os_errors(partial, DataError):

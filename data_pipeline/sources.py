@@ -32,10 +32,9 @@ def units(paths: Sequence[Path], block_bytes: int) -> list[Unit]:
     for path in paths:
         if path.suffix not in _READERS:
             raise DataError(f"{path}: unknown kind of file '{path.suffix}'; known: {', '.join(_READERS)}")
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror}") from None
+        if not path.is_file():
+            raise DataError(f"{path}: no such file")
+        size = path.stat().st_size
         blocks += [Unit(path, start, min(start + block_bytes, size)) for start in range(0, size, block_bytes)]
     if not blocks:
         raise DataError(f"the corpus is empty: {', '.join(map(str, paths))}")
@@ -81,6 +80,10 @@ def _json_lines(unit: Unit, stream: BinaryIO) -> Iterator[str]:
             raise _problem(unit, offset, f"not JSON: {error.msg}") from None
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise _problem(unit, offset, 'no "text" field with a string')
+        try:
+            record["text"].encode()
+        except UnicodeEncodeError:
+            raise _problem(unit, offset, "half of a surrogate pair") from None
         yield record["text"]
 
 

@@ -85,7 +85,7 @@ class Tokenizer:
 
     def encode(self, sentences: list[str]) -> list[list[int]]:
         """Return the ids of each sentence, without special tokens."""
-        ids: list[list[int]] = self._model.encode(sentences, out_type=int)
+        ids: list[list[int]] = self._model.encode(sentences, out_type=int, num_threads=1)
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:

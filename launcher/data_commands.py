@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from launcher.bars import byte_bar, count_bar
-from megacore.communicator import mpi_or_alone
+from megacore.communicator import mpi_or_alone, together
 
 data_app = typer.Typer(
     help="From text to pretraining instances: corpus, tokenizer, build, instances.", no_args_is_help=True
@@ -39,10 +39,14 @@ def tokenizer(config: Path = _CONFIG, overrides: list[str] = _OVERRIDES) -> None
     from data_pipeline.config import DataBuildConfig
     from megacore.settings import load
 
+    group = mpi_or_alone()
     settings = load(DataBuildConfig, config, overrides or ())
     began = time.perf_counter()
-    with byte_bar("reading text", _size(settings.inputs), enabled=True) as advance:
-        build_tokenizer(settings, advance)
+    with together(group), byte_bar("reading text", _size(settings.inputs), enabled=group.rank == 0) as advance:
+        if group.rank == 0:  # one process trains, also where a script starts all steps alike
+            build_tokenizer(settings, advance)
+    if group.rank > 0:
+        return
     typer.echo(f"{settings.tokenizer_path}: {settings.vocab_size:,} pieces, {time.perf_counter() - began:.1f} s")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import warnings
 from datetime import timedelta
 
 import deepspeed
@@ -26,6 +27,8 @@ def join_world() -> torch.device:
             otherwise train alone, believing to be the only one).
     """
     _check_environment()
+    # DeepSpeed calls what torch renamed; its users can do nothing about that.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

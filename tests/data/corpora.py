@@ -1,0 +1,40 @@
+"""A corpus of word-like text, the same on every machine, and its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+_SYLLABLES = ["ba", "ke", "lo", "mi", "nu", "sa", "te", "vo", "ri", "da", "fu", "go", "ha", "ji", "po"]
+
+
+def documents(count: int = 120, seed: int = 0) -> list[str]:
+    draw = random.Random(seed)
+    words = ["".join(draw.choices(_SYLLABLES, k=draw.randint(1, 4))) for _ in range(400)]
+
+    def sentence() -> str:
+        return " ".join(draw.choices(words, k=draw.randint(3, 14))).capitalize() + "."
+
+    return [" ".join(sentence() for _ in range(draw.choice([1, 3, 8, 30]))) for _ in range(count)]
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def write_config(folder: Path, corpus: Path, **changes: object) -> Path:
+    values = {
+        "inputs": [str(corpus)],
+        "output_dir": str(folder / "data"),
+        "vocab_size": 400,
+        "sequence_length": 48,
+        "validation_fraction": 0.2,
+        "block_size_mb": 0.01,
+        "duplicates": 2,
+        **changes,
+    }
+    path = folder / "data.yaml"
+    path.write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML
+    return path
