@@ -24,7 +24,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 _RECIPE = _ROOT / "recipes" / "demo"
 _MARKER = ".megacore-demo"
 _RANKS = 2
-_FIRST_STEPS = 20
+_FIRST_STEPS, _LAST_STEPS = 20, 100
 _GROWTH = ("hidden_size=128", "num_attention_heads=4", "intermediate_size=512", "tensor_parallel_size=2")
 
 
@@ -133,10 +133,10 @@ def _print_findings(console: Console, directory: Path) -> None:
     console.print(
         f"held-out loss: small at its end {before:.5f}, grown at its step 0 {after:.5f} ({after - before:+.1e})"
     )
-    last = statistics.fmean(point.loss for point in small.train[-_FIRST_STEPS:])
+    last = statistics.fmean(point.loss for point in small.train[-_LAST_STEPS:])
     first = statistics.fmean(point.loss for point in grown.train[:_FIRST_STEPS])
     console.print(
-        f"training loss: small's last {_FIRST_STEPS} steps {last:.4f}, grown's first {_FIRST_STEPS} {first:.4f} "
+        f"training loss: small's last {_LAST_STEPS} steps {last:.4f}, grown's first {_FIRST_STEPS} {first:.4f} "
         f"({first - last:+.4f})"
     )
     saved = growth_savings(grown, scratch)
