@@ -54,7 +54,8 @@ def report(
     """Compare runs: a table here, and one self-contained HTML page with all curves."""
     from rich.console import Console
 
-    from launcher.report import read_run, summary_table, write_report
+    from launcher.report import summary_table, write_report
+    from launcher.report_runs import read_run
 
     read = [read_run(path) for path in runs]
     write_report(read, out)

@@ -15,7 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from launcher.report import growth_savings, read_run, summary_table, write_report
+from launcher.report import summary_table, write_report
+from launcher.report_runs import growth_savings, read_run
 from launcher.start import deepspeed_command, megacore_command, mpi_command
 from megacore.errors import ConfigError, MegacoreError
 from megacore.training.runs import checkpoints

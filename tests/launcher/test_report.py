@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from launcher.report import flops_to_reach, growth_savings, read_run, summary_table, write_report
+from launcher.report import summary_table, write_report
 from launcher.report_charts import Axis, Line, chart, linear_ticks, log_ticks, scientific, smooth, thin
+from launcher.report_runs import flops_to_reach, growth_savings, read_run
 from megacore.errors import ConfigError, MegacoreError
 
 CONFIG = """\
