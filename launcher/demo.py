@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -44,7 +45,8 @@ def run_demo(directory: Path, text: Path | None) -> None:
     _prepare(directory)
     steps = _Steps()
     corpus = text or directory / "corpus.jsonl"
-    data = (_RECIPE / "data.yaml", f'inputs=["{corpus}"]', f"output_dir={directory / 'data'}")
+    inputs = f"inputs={json.dumps([str(corpus)])}"
+    data = (_RECIPE / "data.yaml", inputs, _setting("output_dir", directory / "data"))
     if text is None:
         steps.run("embedded corpus", megacore_command("data", "corpus", corpus))
     steps.run("tokenizer", megacore_command("data", "tokenizer", *data))
@@ -61,7 +63,7 @@ def run_demo(directory: Path, text: Path | None) -> None:
     grown.mkdir()
     growth = json.loads(facts.read_text()) | {"verification": json.loads(proof.read_text())}
     (grown / "growth.json").write_text(json.dumps(growth, indent=1) + "\n", encoding="utf-8")
-    steps.run("grown model, DP 2", _train(directory, "large.yaml", grown, f"initial_checkpoint={target}"))
+    steps.run("grown model, DP 2", _train(directory, "large.yaml", grown, _setting("initial_checkpoint", target)))
     steps.run("from scratch, DP 2", _train(directory, "large.yaml", scratch, "warmup_steps=100"))
 
     runs = [read_run(path) for path in (small, grown, scratch)]
@@ -88,12 +90,22 @@ def _train(directory: Path, recipe: str, run: Path, *more: str) -> list[str]:
         _RANKS,
         "train",
         _RECIPE / recipe,
-        f"output_dir={run}",
-        f"train_data={instances / 'train'}",
-        f"validation_data={instances / 'validation'}",
-        f"deepspeed_config={_ROOT / 'ds_configs' / 'zero1.json'}",
+        _setting("output_dir", run),
+        _setting("train_data", instances / "train"),
+        _setting("validation_data", instances / "validation"),
+        _setting("deepspeed_config", _ROOT / "ds_configs" / "zero1.json"),
         *more,
     )
+
+
+def _setting(key: str, path: Path) -> str:
+    """Write a ``key=value`` word; a path that YAML would not read as itself is quoted."""
+    text = str(path)
+    try:
+        plain = yaml.safe_load(text) == text
+    except yaml.YAMLError:
+        plain = False
+    return f"{key}={text if plain else json.dumps(text)}"
 
 
 class _Steps:

@@ -44,10 +44,8 @@ def train(config: RunConfig) -> None:
         MegacoreError: on every rank alike, if any rank finds something wrong before the first step.
     """
     device = join_world()
-    try:
-        TrainingStage(config, ParallelGrid.create(config.parallel), TorchRanks(), device).run()
-    finally:
-        leave_world()
+    TrainingStage(config, ParallelGrid.create(config.parallel), TorchRanks(), device).run()
+    leave_world()  # only after success: a rank that failed must end, not wait for the others
 
 
 @dataclass(frozen=True)
@@ -128,6 +126,8 @@ class TrainingStage:
                 self._log = self._open_log()
         display = StepProgress(self._progress.step, last, enabled=self._group.rank == 0)
         display.say(self._where_from())
+        if self._progress.step >= last:
+            display.say(f"this stage's {self._training.train_steps} steps are done; raise train_steps to go on")
         try:
             if self._progress.step == self._progress.stage_first_step:
                 self._evaluate(display)
