@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -79,6 +80,23 @@ def test_a_killed_run_goes_on_to_the_same_end(tmp_path: Path, data: Path) -> Non
         assert result.returncode == 0, result.stderr
     first, second = (CheckpointReader(checkpoint_path(tmp_path / n / "run", 60)).manifest for n in ("killed", "whole"))
     assert first.files == second.files and first.progress == second.progress
+
+
+def test_a_job_ends_when_one_of_its_ranks_is_killed(tmp_path: Path, data: Path) -> None:
+    config = config_file(tmp_path, data, tensor_parallel_size=2, train_steps=100_000, save_interval=5)
+    job = subprocess.Popen(deepspeed_command(2, "train", config), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not checkpoints(tmp_path / "run") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    processes = psutil.Process(job.pid).children(recursive=True)
+    ranks = [process for process in processes if "launcher" in process.cmdline() and "train" in process.cmdline()]
+    workers = [process for process in ranks if "--module" not in process.cmdline()]
+    assert len(workers) == 2
+    workers[1].kill()
+    assert job.wait(LIMIT) != 0
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert alive == []
+    CheckpointReader(checkpoints(tmp_path / "run")[-1]).check_coverage()
 
 
 def damaged(trained: Path, folder: Path, how: str) -> Path:
