@@ -35,17 +35,21 @@ def build_tokenizer(config: DataBuildConfig, on_progress: Progress = lambda size
 
 def _sampled_sentences(config: DataBuildConfig, on_progress: Progress) -> list[str]:
     """Take the sentences whose random numbers are smallest: a fixed sample, whatever the order of reading."""
+    key, limit = stream_key(config.seed, "tokenizer"), config.tokenizer_sentences
     sentences: list[str] = []
+    order = np.empty(0, np.uint64)
+    seen = 0
     for unit in units(config.inputs, _block_bytes(config)):
-        for text in documents(unit):
-            sentences += split_sentences(text)
+        new = [sentence for text in documents(unit) for sentence in split_sentences(text)]
+        sentences += new
+        order = np.append(order, random_bits(key, np.arange(seen, seen + len(new))))
+        seen += len(new)
+        if len(sentences) > limit:  # after each unit, so that memory does not grow with the corpus
+            chosen = np.sort(np.argpartition(order, limit)[:limit])
+            sentences, order = [sentences[number] for number in chosen], order[chosen]
         on_progress(unit.stop - unit.start)
     if not sentences:
         raise DataError(f"the corpus has no documents: {', '.join(map(str, config.inputs))}")
-    if len(sentences) > config.tokenizer_sentences:
-        order = random_bits(stream_key(config.seed, "tokenizer"), np.arange(len(sentences)))
-        chosen = np.sort(np.argpartition(order, config.tokenizer_sentences)[: config.tokenizer_sentences])
-        sentences = [sentences[number] for number in chosen]
     return sentences
 
 
@@ -61,7 +65,7 @@ def build_sentences(
         DataError: on every rank, if any rank failed.
     """
     with together(group):
-        tokenizer = Tokenizer(config.tokenizer_path)
+        tokenizer = Tokenizer(config.tokenizer_path, config.vocab_size)
         blocks = units(config.inputs, _block_bytes(config))
         about = _about(config, tokenizer)
         done = already_built(config.sentences_path, "sentences", about)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from megacore.settings import Settings
 
@@ -18,7 +18,8 @@ class DataBuildConfig(Settings):
     output_dir: Path
     """Holds ``tokenizer.model``, ``sentences`` and ``instances/{train,validation}``."""
     seed: NonNegativeInt = 1234
-    vocab_size: PositiveInt = 8192
+    vocab_size: int = Field(8192, ge=262)
+    """At least the special tokens, the 256 bytes and one piece."""
     tokenizer_sentences: PositiveInt = 200_000
     """The tokenizer is trained on at most so many sentences, sampled from all documents."""
     block_size_mb: PositiveFloat = 4.0
@@ -31,6 +32,11 @@ class DataBuildConfig(Settings):
     short_sequence_probability: float = Field(0.1, ge=0, le=1)
     masking: Literal["token", "whole_word"] = "token"
     masking_rate: float = Field(0.15, gt=0, lt=1)
+
+    @field_validator("inputs", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @property
     def tokenizer_path(self) -> Path:

@@ -65,7 +65,7 @@ def write_embedded_corpus(path: Path, max_mb: float, on_progress: Callable[[int]
         kept.append(lines[digest])
         size += len(lines[digest])
     if not kept:
-        raise DataError("no docstrings were found in the installed packages")
+        raise DataError(f"the installed packages have no docstrings of at most {max_mb} MB")
     with os_errors(path, DataError):
         replace_file(path, b"".join(kept))
     return len(kept)

@@ -37,7 +37,7 @@ def build_instances(
     """
     path = config.instances_path(split)
     with together(group):
-        tokenizer = Tokenizer(config.tokenizer_path)
+        tokenizer = Tokenizer(config.tokenizer_path, config.vocab_size)
         sentences = read_dataset(config.sentences_path, "sentences")
         about = _about(config, split, tokenizer, sentences.manifest)
         done = already_built(path, "instances", about)

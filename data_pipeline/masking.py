@@ -50,9 +50,10 @@ def mask_tokens(
     order = np.argsort(priority, axis=1, kind="stable")  # the pieces of a word stay together, in their order
     taken = np.zeros(ids.shape, np.bool_)
     rank = place + 1
-    fits = (rank <= wanted[:, None]) & np.take_along_axis(candidate, order, 1)
-    if starts_word is not None:
-        fits = _whole_words(np.take_along_axis(word, order, 1), fits)
+    ordinary = np.take_along_axis(candidate, order, 1)
+    fits = (rank <= wanted[:, None]) & ordinary
+    if starts_word is not None:  # a special token has the number of the word before it
+        fits = _whole_words(np.take_along_axis(word, order, 1), fits) & ordinary
     np.put_along_axis(taken, order, fits, axis=1)
     return Masked(_hidden(ids, taken, keys, place, vocab_size), taken)
 

@@ -9,8 +9,8 @@ _ABBREVIATIONS = frozenset(
     co corp dept est u.s u.k a.m p.m jan feb mar apr jun jul aug sep sept oct nov dec ref refs""".split()  # noqa: SIM905
 )
 # A full stop, question or exclamation mark, closing quotes or brackets, white space, then what begins a sentence;
-# or Chinese punctuation, which needs no space; or an empty line.
-_BOUNDARY = re.compile(r"""[.!?]+["'”’)\]]*\s+(?=["'“‘(\[]*[A-Z0-9])|[。！？；…]+[”’」』）]*|\n\s*\n\s*""")
+# or Chinese punctuation, which needs no space; or an empty line. Looking back keeps long runs of dots linear.
+_BOUNDARY = re.compile(r"""(?<![.!?])[.!?]+["'”’)\]]*\s+(?=["'“‘(\[]*[A-Z0-9])|[。！？；…]+[”’」』）]*|\n\s*\n\s*""")
 _LAST_WORD = re.compile(r"([\w.]+)[.!?]+[\"'”’)\]]*\s+$")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -11,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from data_pipeline.sources import file_digest
 from megacore.communicator import Communicator, together
@@ -93,11 +94,13 @@ def write_dataset(
         records: dict[str, ShardRecord] = {}
         with together(group), os_errors(partial, DataError):
             for name, columns, counts in shards:
-                file = partial / f"{name}.safetensors"
-                save_file({key: np.ascontiguousarray(column) for key, column in columns.items()}, file)
-                with file.open("rb") as stream:
+                content = save({key: np.ascontiguousarray(column) for key, column in columns.items()})
+                with (partial / f"{name}.safetensors").open("xb") as stream:
+                    stream.write(content)
+                    stream.flush()
                     os.fsync(stream.fileno())
-                records[file.name] = ShardRecord(size=file.stat().st_size, sha256=file_digest(file), counts=counts)
+                sha256 = hashlib.sha256(content).hexdigest()
+                records[f"{name}.safetensors"] = ShardRecord(size=len(content), sha256=sha256, counts=counts)
         gathered = group.all_gather(records)
         with together(group), os_errors(partial, DataError):
             everything = {name: record for part in gathered for name, record in part.items()}
@@ -127,7 +130,7 @@ class Dataset:
         try:
             with file.open("rb") as stream:
                 length = int.from_bytes(stream.read(8), "little")
-                header = json.loads(stream.read(length))
+                header = json.loads(stream.read(min(length, file.stat().st_size)))
             header.pop("__metadata__", None)
             mapped = np.memmap(file, mode="r", offset=8 + length) if header else None
             columns: Columns = {}
@@ -135,7 +138,7 @@ class Dataset:
                 start, stop = entry["data_offsets"]
                 assert mapped is not None
                 columns[key] = mapped[start:stop].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{file}: damaged: {error}") from None
         return columns
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,7 +35,11 @@ def units(paths: Sequence[Path], block_bytes: int) -> list[Unit]:
             raise DataError(f"{path}: unknown kind of file '{path.suffix}'; known: {', '.join(_READERS)}")
         if not path.is_file():
             raise DataError(f"{path}: no such file")
-        size = path.stat().st_size
+        try:
+            with path.open("rb") as stream:
+                size = stream.seek(0, os.SEEK_END)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
         blocks += [Unit(path, start, min(start + block_bytes, size)) for start in range(0, size, block_bytes)]
     if not blocks:
         raise DataError(f"the corpus is empty: {', '.join(map(str, paths))}")
@@ -76,8 +81,8 @@ def _json_lines(unit: Unit, stream: BinaryIO) -> Iterator[str]:
         text = _decoded(unit, offset, line)
         try:
             record = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise _problem(unit, offset, f"not JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:  # besides bad syntax, very long numbers and very deep nesting
+            raise _problem(unit, offset, f"not JSON: {getattr(error, 'msg', error)}") from None
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise _problem(unit, offset, 'no "text" field with a string')
         try:
@@ -114,18 +119,25 @@ def _follows_blank_line(unit: Unit, stream: BinaryIO) -> bool:
     first = next(_lines_from(stream, unit.start), None)
     if first is None:
         return False
-    begin = max(0, first[0] - 4096)
-    stream.seek(begin)
-    before = stream.read(first[0] - begin)
-    previous = before[:-1].rpartition(b"\n")
-    return not previous[2].strip() and (bool(previous[1]) or begin == 0)
+    end = first[0] - 1
+    while end > 0:  # backwards: a blank line may hold any number of spaces
+        begin = max(0, end - 4096)
+        stream.seek(begin)
+        _, line_break, line = stream.read(end - begin).rpartition(b"\n")
+        if line.strip():
+            return False
+        if line_break:
+            break
+        end = begin
+    return True
 
 
 def _decoded(unit: Unit, offset: int, line: bytes) -> str:
     try:
-        return line.decode("utf-8")
+        text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise _problem(unit, offset + error.start, f"byte 0x{line[error.start]:02x} is not UTF-8") from None
+    return text if offset else text.removeprefix("\ufeff")  # the byte order mark that some editors write
 
 
 def _problem(unit: Unit, offset: int, what: str) -> DataError:

@@ -20,6 +20,8 @@ PAD, UNK, CLS, SEP, MASK = range(5)
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _THREADS = 2
 """Fixed: the pieces depend on how the training is cut into threads."""
+_WORD_START = re.compile("▁|[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+"""The mark that sentencepiece puts for a space; or kana and Chinese characters, which are written without spaces."""
 
 
 def train_tokenizer(sentences: Iterable[str], vocab_size: int, path: Path) -> None:
@@ -65,10 +67,10 @@ class Tokenizer:
     """A trained tokenizer.
 
     Raises:
-        DataError: the file is missing, is no sentencepiece model, or has other special tokens.
+        DataError: the file is missing, is no sentencepiece model, or has other special tokens or another size.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, vocab_size: int | None = None) -> None:
         if not path.is_file():
             raise DataError(f"{path}: no tokenizer; train one with 'megacore data tokenizer'")
         try:
@@ -81,6 +83,11 @@ class Tokenizer:
                 raise DataError(
                     f"{path}: id {number} is not {token}; train the tokenizer with 'megacore data tokenizer'"
                 )
+        if vocab_size not in (None, self.vocab_size):
+            raise DataError(
+                f"{path} has {self.vocab_size} pieces, not vocab_size={vocab_size}; "
+                "train it again with 'megacore data tokenizer'"
+            )
         self.sha256 = file_digest(path)
 
     def encode(self, sentences: list[str]) -> list[list[int]]:
@@ -95,9 +102,9 @@ class Tokenizer:
 
     @cached_property
     def starts_word(self) -> NDArray[np.bool_]:
-        """[vocab_size], true for pieces that begin a word."""
+        """[vocab_size], true for pieces that begin a word; where text has no spaces, every piece is one."""
         pieces = (self._model.id_to_piece(number) for number in range(self.vocab_size))
-        return np.array([piece.startswith("▁") for piece in pieces])
+        return np.array([_WORD_START.match(piece) is not None for piece in pieces])
 
     @property
     def id_dtype(self) -> type[np.unsignedinteger]:

@@ -25,9 +25,14 @@ def corpus(
     """Write the embedded corpus: the docstrings of the packages installed here."""
     from data_pipeline.embedded import write_embedded_corpus
 
+    group = mpi_or_alone()
     began = time.perf_counter()
-    with byte_bar("reading sources", None, enabled=True) as advance:
-        documents = write_embedded_corpus(out, max_mb, advance)
+    documents = 0
+    with together(group), byte_bar("reading sources", None, enabled=group.rank == 0) as advance:
+        if group.rank == 0:
+            documents = write_embedded_corpus(out, max_mb, advance)
+    if group.rank > 0:
+        return
     seconds = time.perf_counter() - began
     typer.echo(f"{out}: {documents:,} documents, {out.stat().st_size / 1e6:.1f} MB, {seconds:.1f} s")
 

@@ -12,14 +12,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
+from yaml import YAMLError
 
 from launcher.report import summary_table, write_report
 from launcher.report_runs import growth_savings, read_run
 from launcher.start import deepspeed_command, megacore_command, mpi_command
 from megacore.errors import ConfigError, MegacoreError
+from megacore.settings import parse_yaml
 from megacore.training.runs import checkpoints
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -102,8 +103,8 @@ def _setting(key: str, path: Path) -> str:
     """Write a ``key=value`` word; a path that YAML would not read as itself is quoted."""
     text = str(path)
     try:
-        plain = yaml.safe_load(text) == text
-    except yaml.YAMLError:
+        plain = parse_yaml(text) == text
+    except YAMLError:
         plain = False
     return f"{key}={text if plain else json.dumps(text)}"
 

@@ -7,6 +7,7 @@ Keys are unique over all sections of a configuration, so a command line names a 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,20 @@ class Settings(BaseModel):
 
 
 S = TypeVar("S", bound=Settings)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads ``1e-3`` as a string; people who train models mean a number, as YAML 1.2 does."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """Read YAML with plain values only: no tag makes an object or runs code."""
+    return yaml.load(text, _Loader)  # a SafeLoader
 
 
 def leaf_keys(kind: type[Settings], prefix: tuple[str, ...] = ()) -> dict[str, tuple[str, ...]]:
@@ -49,20 +64,10 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
         if key in overrides:
             raise ConfigError(f"{key} is given twice on the command line")
         try:
-            overrides[key] = _number(yaml.safe_load(text)) if text else ""
+            overrides[key] = parse_yaml(text) if text else ""
         except yaml.YAMLError as error:
             raise ConfigError(f"{key}={text}: the value is not valid YAML") from error
     return overrides
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads ``1e-3`` as a string; people who train models mean a number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def unknown_key(key: str, known: Iterable[str], where: str = "") -> ConfigError:
@@ -118,23 +123,14 @@ def validated(kind: type[S], values: Mapping[str, Any], where: str = "") -> S:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping; a missing, unreadable or non-mapping file is a `ConfigError` naming it."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of sections to keys, got {type(values).__name__}")
-    numbers: dict[str, Any] = _numbers(values)
-    return numbers
-
-
-def _numbers(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _numbers(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_numbers(v) for v in value]
-    return _number(value) if isinstance(value, str) and value[:1].isdigit() else value
+    return values
 
 
 def load(kind: type[S], path: Path | None, words: Iterable[str] = ()) -> S:
