@@ -15,7 +15,7 @@ from data_pipeline.sources import Unit, documents, file_digest, units
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from megacore.communicator import Communicator, together
 from megacore.errors import DataError
-from megacore.random import random_bits, stream_key, uniform
+from megacore.random import random_bits, stream_key
 
 SPLITS = ("train", "validation")
 _BATCH = 512
@@ -103,20 +103,22 @@ def _shards(
     config: DataBuildConfig, tokenizer: Tokenizer, own: list[tuple[int, Unit]], on_progress: Progress
 ) -> Iterator[tuple[str, Columns, dict[str, int]]]:
     for number, unit in own:
-        key = stream_key(config.seed, "split", number)
         collected: dict[str, list[list[list[int]]]] = {split: [] for split in SPLITS}
         texts = documents(unit)
-        seen = 0
         while batch := list(islice(texts, _BATCH)):
-            held_out = uniform(key, np.arange(seen, seen + len(batch))) < config.validation_fraction
-            seen += len(batch)
-            for tokens, held in zip(_tokenised(tokenizer, batch), held_out, strict=True):
+            for text, tokens in zip(batch, _tokenised(tokenizer, batch), strict=True):
                 if tokens:
-                    collected[SPLITS[int(held)]].append(tokens)
+                    collected[_split_of(text, config)].append(tokens)
         for split, tokenised in collected.items():
             if tokenised:
                 yield f"{split}-{number:06d}", *_columns(tokenizer, tokenised)
         on_progress(unit.stop - unit.start)
+
+
+def _split_of(text: str, config: DataBuildConfig) -> str:
+    """Decide by the text itself, so that equal documents are never on both sides."""
+    held_out = stream_key(config.seed, "split", text) < config.validation_fraction * 2**64
+    return SPLITS[int(held_out)]
 
 
 def _tokenised(tokenizer: Tokenizer, texts: list[str]) -> Iterator[list[list[int]]]:

@@ -60,6 +60,10 @@ def build_instances(
 def _about(config: DataBuildConfig, split: str, tokenizer: Tokenizer, sentences: DatasetManifest) -> dict[str, Any]:
     if sentences.about["tokenizer_sha256"] != tokenizer.sha256:
         raise DataError(f"{config.sentences_path} was built with another tokenizer than {config.tokenizer_path}")
+    for key in ("seed", "validation_fraction"):
+        before, now = sentences.about[key], getattr(config, key)
+        if before != now:
+            raise DataError(f"{config.sentences_path} was built with {key}={before}, now it is {now}; build it again")
     keys = ("sequence_length", "duplicates", "short_sequence_probability", "masking", "masking_rate", "seed")
     return {
         "split": split,

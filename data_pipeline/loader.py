@@ -37,6 +37,7 @@ class InstanceDataset:
 
     def __init__(self, path: Path) -> None:
         dataset = read_dataset(path, "instances")
+        self.verify = dataset.verify
         self._shards = [dataset.columns(name) for name in dataset.manifest.shards]
         self._first = np.cumsum([0, *(len(shard["next_sentence_label"]) for shard in self._shards)])
         if not len(self):

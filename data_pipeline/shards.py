@@ -11,14 +11,14 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors.numpy import save
 
 from data_pipeline.sources import file_digest
 from megacore.communicator import Communicator, together
 from megacore.errors import DataError
 from megacore.publish import os_errors, publishing, write_text
-from megacore.random import stream_key
+from megacore.sealed import digest, seal, unseal
 
 MANIFEST = "manifest.json"
 Columns = dict[str, NDArray[Any]]
@@ -51,7 +51,7 @@ class DatasetManifest(BaseModel):
     @property
     def digest(self) -> str:
         """A checksum over everything, the files' checksums included."""
-        return f"{stream_key(0, json.dumps(self.model_dump(mode='json'), sort_keys=True)):016x}"
+        return digest(self.model_dump(mode="json"))
 
 
 def already_built(path: Path, kind: str, about: dict[str, Any]) -> bool:
@@ -107,7 +107,7 @@ def write_dataset(
             manifest = DatasetManifest(kind=kind, about=about, shards=dict(sorted(everything.items())))
             check(manifest)
             if group.rank == 0:
-                write_text(partial / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+                write_text(partial / MANIFEST, seal(manifest.model_dump(mode="json")))
 
 
 class Dataset:
@@ -142,13 +142,13 @@ class Dataset:
             raise DataError(f"{file}: damaged: {error}") from None
         return columns
 
-    def verify(self) -> None:
-        """Check every file's checksum.
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Check the files' checksums; with ``parts``, those of one of that many ranks.
 
         Raises:
             DataError: naming the file that was altered.
         """
-        for name, record in self.manifest.shards.items():
+        for name, record in list(self.manifest.shards.items())[part::parts]:
             if file_digest(self.path / name) != record.sha256:
                 raise DataError(f"{self.path / name} was altered (its checksum does not match)")
 
@@ -161,10 +161,10 @@ def read_dataset(path: Path, kind: str) -> Dataset:
     """
     file = path / MANIFEST
     try:
-        manifest = DatasetManifest.model_validate_json(file.read_text(encoding="utf-8"))
+        manifest = DatasetManifest.model_validate(unseal(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise DataError(f"{path}: no data set of {kind} (it has no {MANIFEST})") from None
-    except (OSError, UnicodeDecodeError, ValidationError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file}: damaged: {str(error).splitlines()[0]}") from None
     if manifest.kind != kind:
         raise DataError(f"{path} holds {manifest.kind}, not {kind}")

@@ -66,11 +66,14 @@ def replace_file(path: Path, content: bytes) -> None:
     """Write a file under another name, then put it in place at once."""
     partial = path.with_name(path.name + INCOMPLETE)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _sync_directory(path: Path) -> None:

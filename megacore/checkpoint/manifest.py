@@ -6,8 +6,6 @@ global tensor and its checksum, so that a reader needs no knowledge of the layou
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
 from pathlib import Path
@@ -19,6 +17,7 @@ from megacore.config import ModelConfig
 from megacore.errors import CheckpointError, ConfigError
 from megacore.models.bert import declarations
 from megacore.params import ParamSpec, Region
+from megacore.sealed import digest, seal, unseal
 from megacore.settings import validated
 
 MANIFEST = "manifest.json"
@@ -139,13 +138,12 @@ class Manifest(Record):
 
     def to_json(self) -> str:
         """Serialise with a checksum over everything else."""
-        body = self.model_dump(mode="json")
-        return json.dumps(body | {"sha256": _digest(body)}, indent=1, ensure_ascii=False) + "\n"
+        return seal(self.model_dump(mode="json"))
 
     @property
     def digest(self) -> str:
         """A checksum of everything the checkpoint is (its pieces' checksums included)."""
-        return _digest(self.model_dump(mode="json"))
+        return digest(self.model_dump(mode="json"))
 
 
 def parameter_records(
@@ -162,10 +160,6 @@ def parameter_records(
     }
 
 
-def _digest(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
 def read_manifest(path: Path) -> Manifest:
     """Read and check a checkpoint's manifest.
 
@@ -175,18 +169,16 @@ def read_manifest(path: Path) -> Manifest:
     """
     file = path / MANIFEST
     try:
-        body = json.loads(file.read_text(encoding="utf-8"))
+        body = unseal(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         what = "there is no such directory" if not path.is_dir() else f"it has no {MANIFEST}"
         raise CheckpointError(f"{path} is not a checkpoint: {what}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file}: damaged or unreadable: {error}") from None
-    if not isinstance(body, dict) or body.get("format") != "megacore-checkpoint":
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not a usable manifest: {error}") from None
+    if body.get("format") != "megacore-checkpoint":
         raise CheckpointError(f"{file}: not the manifest of a megacore checkpoint")
     if body.get("version") != FORMAT_VERSION:
         raise CheckpointError(f"{file}: format version {body.get('version')}; this megacore reads {FORMAT_VERSION}")
-    if body.pop("sha256", None) != _digest(body):
-        raise CheckpointError(f"{file}: altered since it was written (its checksum does not match)")
     try:
         validated(ModelConfig, body.get("model", {}))
         manifest = Manifest.model_validate(body)

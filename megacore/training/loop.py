@@ -91,9 +91,9 @@ class TrainingStage:
         self._config, self._grid, self._group, self._device = config, grid, group, device
         self._training = config.training
         with together(group):
-            self._data = _open_data(config.data.train_data, config.model)
+            self._data = _open_data(config.data.train_data, config.model, group)
             held_out = config.data.validation_data
-            self._validation = None if held_out is None else _open_data(held_out, config.model)
+            self._validation = None if held_out is None else _open_data(held_out, config.model, group)
             self._start = _find_start(config, self._training_data())
             self._batches = PretrainingBatches(
                 self._data,
@@ -252,9 +252,10 @@ class TrainingStage:
         )
 
 
-def _open_data(path: Path, model: ModelConfig) -> InstanceDataset:
-    """Open a data set and check that the model can take it."""
+def _open_data(path: Path, model: ModelConfig, group: Communicator) -> InstanceDataset:
+    """Open a data set, check that the model can take it, and, with the other ranks, all of its checksums."""
     data = InstanceDataset(path)
+    data.verify(group.rank, group.size)
     if data.vocab_size != model.vocab_size:
         raise ConfigError(f"vocab_size={model.vocab_size}, but {path} was tokenised with {data.vocab_size} pieces")
     if data.sequence_length > model.max_position_embeddings:

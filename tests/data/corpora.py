@@ -16,7 +16,8 @@ def documents(count: int = 120, seed: int = 0) -> list[str]:
     def sentence() -> str:
         return " ".join(draw.choices(words, k=draw.randint(3, 14))).capitalize() + "."
 
-    return [" ".join(sentence() for _ in range(draw.choice([1, 3, 8, 30]))) for _ in range(count)]
+    texts = [" ".join(sentence() for _ in range(draw.choice([1, 3, 8, 30]))) for _ in range(count)]
+    return texts + texts[: count // 10]  # real corpora hold documents twice
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:

@@ -131,6 +131,14 @@ def test_training_from_a_damaged_checkpoint_ends_with_one_error(trained: Path, t
     assert checkpoints(tmp_path / "run") == []
 
 
+def test_training_on_a_truncated_data_file_ends_with_one_error(tmp_path: Path) -> None:
+    data = write_instances(tmp_path / "instances")
+    os.truncate(data / "all.safetensors", 500)
+    config = config_file(tmp_path, data, tensor_parallel_size=2)
+    assert_one_error(call(deepspeed_command(2, "train", config), LIMIT), "all.safetensors", "500 bytes")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
