@@ -13,6 +13,7 @@ import typer
 from launcher.bars import byte_bar
 from megacore.communicator import mpi_or_alone, together
 from megacore.errors import ConfigError
+from megacore.publish import os_errors, replace_file
 
 if TYPE_CHECKING:
     from megacore.growth.verify import LabelledBatch
@@ -73,7 +74,7 @@ def grow(
                 "seconds": seconds,
                 "bytes_written": total,
             }
-            json_file.write_text(json.dumps(figures) + "\n", encoding="utf-8")
+            _write_json(json_file, figures)
 
 
 def verify(
@@ -108,7 +109,7 @@ def verify(
         f"{result.nsp_relative_error:.2e} (NSP); loss {result.loss_before:.6f} and {result.loss_after:.6f}"
     )
     if json_file:
-        json_file.write_text(json.dumps(result.as_dict()) + "\n", encoding="utf-8")
+        _write_json(json_file, result.as_dict())
     if not worst <= tolerance:
         typer.echo(f"error: the difference is above {tolerance:g}: not the same function", err=True)
         raise typer.Exit(1)
@@ -148,6 +149,11 @@ def inspect(
 
 def _parameter_count(specs: dict[str, Any]) -> int:
     return sum(math.prod(spec.shape) for spec in specs.values())
+
+
+def _write_json(path: Path, figures: dict[str, Any]) -> None:
+    with os_errors(path, ConfigError):
+        replace_file(path, (json.dumps(figures) + "\n").encode())
 
 
 def _one_of(option: str, value: str | None, allowed: tuple[str | None, ...]) -> None:

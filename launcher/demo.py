@@ -43,6 +43,8 @@ def run_demo(directory: Path, text: Path | None) -> None:
     """
     if text is not None and not text.is_file():
         raise ConfigError(f"{text}: no such file")
+    if text is not None and text.resolve().is_relative_to(directory.resolve()):
+        raise ConfigError(f"{text} lies in {directory}, which the demo empties; move it elsewhere")
     _prepare(directory)
     steps = _Steps()
     corpus = text or directory / "corpus.jsonl"

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from megacore.errors import MegacoreError
+from megacore.errors import ConfigError, MegacoreError
 
 
 class Communicator(Protocol):
@@ -74,8 +74,24 @@ def launched_by_mpi() -> bool:
 
 
 def mpi_or_alone() -> Communicator:
-    """Return the MPI world when a launcher made one, else this process alone."""
-    return MPIRanks() if launched_by_mpi() else Alone()
+    """Return the MPI world when a launcher made one, else this process alone.
+
+    Raises:
+        ConfigError: a launcher started several tasks that MPI does not connect; each would do the whole work.
+    """
+    group: Communicator = MPIRanks() if launched_by_mpi() else Alone()
+    if group.size != started_tasks() and group.size == 1:
+        raise ConfigError(
+            f"{started_tasks()} tasks were started, but MPI does not connect them; start them with this environment's "
+            "mpirun, or with srun --mpi=pmix"
+        )
+    return group
+
+
+def started_tasks() -> int:
+    """Return how many tasks a launcher says it started together with this one."""
+    names = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+    return max(int(os.environ.get(name, "1")) for name in names)
 
 
 @contextmanager

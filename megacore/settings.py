@@ -65,7 +65,7 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
             raise ConfigError(f"{key} is given twice on the command line")
         try:
             overrides[key] = parse_yaml(text) if text else ""
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"{key}={text}: the value is not valid YAML") from error
     return overrides
 
@@ -82,6 +82,11 @@ def merge(kind: type[Settings], values: Mapping[str, Any], overrides: Mapping[st
     """Return ``values`` with each override put into the section its key belongs to."""
     paths = leaf_keys(kind)
     merged: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+    for section in {path[0] for path in paths.values() if len(path) > 1} & merged.keys():
+        if merged[section] is None:
+            merged[section] = {}  # a section without keys
+        elif not isinstance(merged[section], dict):
+            raise ConfigError(f"{section}={merged[section]!r}: expected a mapping of keys to values")
     for key, value in overrides.items():
         path = tuple(key.split("."))
         if len(path) == 1:
@@ -92,10 +97,10 @@ def merge(kind: type[Settings], values: Mapping[str, Any], overrides: Mapping[st
             dotted = [".".join(p) for p in paths.values()]
             same_name = [name for name in dotted if name.endswith("." + path[-1])]
             raise unknown_key(key, same_name or dotted)
-        section = merged
+        target = merged
         for name in path[:-1]:
-            section = section.setdefault(name, {})
-        section[path[-1]] = value
+            target = target.setdefault(name, {})
+        target[path[-1]] = value
     return merged
 
 
@@ -126,7 +131,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of sections to keys, got {type(values).__name__}")

@@ -88,7 +88,9 @@ class Progress(Record):
     """How far training has come, over the whole lineage."""
 
     step: NonNegativeInt = 0
-    """Optimizer steps; also Adam's step for its bias correction."""
+    """Optimizer steps."""
+    optimizer_step: NonNegativeInt = 0
+    """Steps that Adam's moments have seen (for its bias correction): zero after growing with a fresh optimizer."""
     stage_first_step: NonNegativeInt = 0
     """The step at which the present stage began: schedules count from here."""
     consumed_samples: NonNegativeInt = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -100,16 +101,22 @@ class CheckpointReader:
         inner = math.prod(shape[1:])
         first, stop = part[0][0] * inner, part[0][1] * inner
         flat = np.empty(stop - first, pieces[0][2].dtype)
-        filled = 0
-        for name, key, piece in pieces:
-            run = piece.run or (0, math.prod(shape))
-            low, high = max(first, run[0]), min(stop, run[1])
-            if low < high:
-                flat[low - first : high - first] = self._stored(name, key, piece)[low - run[0] : high - run[0]]
-                filled += high - low
-        if filled != flat.size:
-            raise CheckpointError(f"{self.path}: pieces of {pieces[0][2].parameter} are missing or overlap")
+        for (low, high), (name, key, piece) in self._runs(box, pieces):
+            begin, end = max(first, low), min(stop, high)
+            if begin < end:
+                flat[begin - first : end - first] = self._stored(name, key, piece)[begin - low : end - low]
         return flat.reshape(-1, *shape[1:])[(slice(None), *slices[1:])]
+
+    def _runs(
+        self, box: Region, pieces: list[tuple[str, str, Piece]]
+    ) -> list[tuple[tuple[int, int], tuple[str, str, Piece]]]:
+        """Return a box's flat runs in order, having checked that they follow each other from end to end."""
+        size = math.prod(region_shape(box))
+        runs = sorted(((item[2].run or (0, size), item) for item in pieces), key=lambda run: run[0])
+        ends = [0, *(high for (_, high), _ in runs)]
+        if [low for (low, _), _ in runs] != ends[:-1] or ends[-1] != size:
+            raise CheckpointError(f"{self.path}: pieces of {pieces[0][2].parameter} are missing or overlap")
+        return runs
 
     def _stored(self, name: str, key: str, piece: Piece) -> Any:
         """Return a lazily sliced stored tensor, after its checksum was found right once."""
@@ -139,10 +146,16 @@ class CheckpointReader:
                     yield name, key, block
 
     def check_coverage(self) -> None:
-        """Check that every entry of every parameter is stored, in every state."""
+        """Check that every entry of every parameter is stored exactly once, in every state."""
         for parameter in self.manifest.parameters:
             for state in self.manifest.states:
-                stored = sum(math.prod(piece.shape) for _, _, piece in self._pieces[parameter, state])
+                boxes = self._boxes(parameter, state)
+                for box, pieces in boxes.items():
+                    self._runs(box, pieces)
+                for first, second in itertools.combinations(boxes, 2):
+                    if all(max(a[0], b[0]) < min(a[1], b[1]) for a, b in zip(first, second, strict=True)):
+                        raise CheckpointError(f"{self.path}: pieces of {parameter}/{state} overlap")
+                stored = sum(math.prod(region_shape(box)) for box in boxes)
                 expected = math.prod(self.shape(parameter))
                 if stored != expected:
                     raise CheckpointError(

@@ -176,7 +176,7 @@ def _manifest(
     return Manifest(
         model=plan.target,
         layout=Layout(tensor_parallel_size=output.parallel.tensor_parallel_size),
-        progress=source.progress,
+        progress=source.progress if output.keep_optimizer else source.progress.model_copy(update={"optimizer_step": 0}),
         annealing=Annealing(
             since_step=source.progress.step, hold_steps=output.hold_steps, anneal_steps=output.anneal_steps
         ),

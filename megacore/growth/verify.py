@@ -65,6 +65,7 @@ def compare(
 
     Raises:
         ConfigError: the two take different input.
+        CheckpointError: one of them computes what is not finite.
     """
     _check_same_input(before.manifest, after.manifest)
     models = [load_model(before, dtype), load_model(after, dtype)]
@@ -81,10 +82,13 @@ def compare(
                 outputs.append(logits)
             small, large = outputs
             for column, (a, b) in enumerate(((small.mlm, large.mlm), (small.nsp, large.nsp))):
-                difference[column] = max(difference[column], float((a - b).abs().max()))
-                largest[column] = max(largest[column], float(a.abs().max()))
+                # np.maximum, because Python's max would let "not a number" pass.
+                difference[column] = np.maximum(difference[column], float((a - b).abs().max()))
+                largest[column] = np.maximum(largest[column], float(a.abs().max()))
             samples += len(batch.next_sentence_labels)
             masked += len(batch.masked_labels)
+    if not (np.isfinite(difference).all() and np.isfinite(losses).all()):
+        raise CheckpointError(f"{after.path} or {before.path} computes values that are not finite numbers")
     relative = difference / largest
     means = losses[:, 0] / masked + losses[:, 1] / samples
     return Comparison(

@@ -15,6 +15,7 @@ _REFUSED = {
     "tensor_parallel": "set tensor_parallel_size in the parallel configuration",
     "pipeline": "pipeline parallelism is not part of this version",
     "checkpoint": "megacore writes its own checkpoints",
+    "data_types": "gradients are accumulated in dtype",
 }
 
 
@@ -38,6 +39,9 @@ def resolve_deepspeed_config(path: Path, training: TrainingConfig, data_parallel
     for key, instead in _REFUSED.items():
         if key in config:
             raise ConfigError(f"{path}: remove '{key}'; {instead}")
+    for key in ("bf16", "zero_optimization", "optimizer"):
+        if not isinstance(config.get(key, {}), dict):
+            raise ConfigError(f"{path}: {key}={config[key]!r}: expected a JSON object")
     _fill(path, config, "", _owned(training, data_parallel_size))
     _check_optimizer(path, config, training)
     stage = config.get("zero_optimization", {}).get("stage", 0)

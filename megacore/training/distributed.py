@@ -12,6 +12,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from megacore.communicator import started_tasks
 from megacore.errors import ConfigError
 
 _TIMEOUT = timedelta(minutes=30)
@@ -35,8 +36,10 @@ def join_world() -> torch.device:
             port = probe.getsockname()[1]
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    on_gpu = torch.cuda.is_available()
+    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     if on_gpu:
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(f"LOCAL_RANK={local_rank}, but this node has {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(local_rank)
     # DeepSpeed compiles an op here that only its inference uses; the attribute path is shadowed by torch itself.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
@@ -50,7 +53,7 @@ def _check_environment() -> None:
     if present and len(present) < len(needed):
         missing = ", ".join(name for name in needed if name not in os.environ)
         raise ConfigError(f"{', '.join(present)} set but not {missing}: start with deepspeed or torchrun, or unset all")
-    tasks = max(int(os.environ.get(name, "1")) for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS"))
+    tasks = started_tasks()
     if not present and tasks > 1:
         raise ConfigError(
             f"{tasks} tasks were started without RANK and WORLD_SIZE, so each would train alone; "

@@ -9,15 +9,16 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from megacore.checkpoint.manifest import Annealing
 from megacore.config import RunConfig
+from megacore.errors import ConfigError
 from megacore.models.bert import Bert
 from megacore.parallel.dropout import DropoutKeys
 from megacore.parallel.grid import DeepSpeedGrid, ParallelGrid
 from megacore.params import Declare, Parameter, declared, initialise
 from megacore.training.batches import DeviceBatch
-from megacore.training.deepspeed_config import resolve_deepspeed_config
 from megacore.training.metrics import Sums
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -39,11 +40,17 @@ class TrainingEngine:
         config: of the run.
         grid: of the processes.
         device: of this process.
+        settings: DeepSpeed's configuration, resolved.
         multipliers: of a grown model; ``None`` for one that was not grown.
     """
 
     def __init__(
-        self, config: RunConfig, grid: ParallelGrid, device: torch.device, multipliers: Multipliers | None = None
+        self,
+        config: RunConfig,
+        grid: ParallelGrid,
+        device: torch.device,
+        settings: dict[str, Any],
+        multipliers: Multipliers | None = None,
     ) -> None:
         self._training, self._grid = config.training, grid
         declare = Declare(
@@ -56,7 +63,6 @@ class TrainingEngine:
         self.model = Bert(config.model, declare, grid)
         initialise(self.model, config.model, config.training.seed)
         self._annealing = multipliers.annealing if multipliers else Annealing()
-        settings = resolve_deepspeed_config(config.training.deepspeed_config, config.training, grid.data_parallel_size)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # DeepSpeed's notes on torch's deprecations
             self._engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -69,6 +75,11 @@ class TrainingEngine:
                 config=settings,
                 mpu=DeepSpeedGrid(grid),
                 dist_init_required=False,
+            )
+        if not isinstance(self.optimizer, DeepSpeedZeroOptimizer):  # checkpoints read ZeRO's own partitions
+            raise ConfigError(
+                f"{config.training.deepspeed_config} makes DeepSpeed use {type(self.optimizer).__name__}; "
+                "megacore works with ZeRO 1 and 2 (start from ds_configs/zero1.json)"
             )
 
     def step(self, batches: Sequence[DeviceBatch], step: int, learning_rate: float) -> tuple[Sums, float]:

@@ -27,13 +27,15 @@ from megacore.models.bert import declarations
 from megacore.models.flops import bert_training_flops
 from megacore.parallel.collectives import data_parallel_sum
 from megacore.parallel.grid import ParallelGrid
+from megacore.publish import os_errors, replace_file
 from megacore.training.batches import DeviceBatch
+from megacore.training.deepspeed_config import resolve_deepspeed_config
 from megacore.training.distributed import join_world, leave_world
 from megacore.training.engine import Multipliers, TrainingEngine
 from megacore.training.metrics import MetricsLog, memory_gb
 from megacore.training.partition import load_state, pieces_to_write
 from megacore.training.progress import StepProgress
-from megacore.training.runs import checkpoint_path, checkpoints, remove_old
+from megacore.training.runs import checkpoint_path, checkpoints, lock_run, remove_old
 from megacore.training.schedule import learning_rate
 
 
@@ -103,13 +105,35 @@ class TrainingStage:
                 data_parallel_rank=grid.data_parallel_rank,
                 data_parallel_size=grid.data_parallel_size,
             )
-            self._training.gradient_accumulation_steps(grid.data_parallel_size)
-        self._engine = TrainingEngine(config, grid, device, self._start.multipliers)
+            settings = resolve_deepspeed_config(
+                self._training.deepspeed_config, self._training, grid.data_parallel_size
+            )
+        self._agree_on_start()
+        self._engine = TrainingEngine(config, grid, device, settings, self._start.multipliers)
         with together(group):
             if self._start.reader is not None:
                 load_state(self._engine, self._start.reader)
         self._progress = self._start.progress
         self._log: MetricsLog | None = None
+
+    def _agree_on_start(self) -> None:
+        """Refuse ranks that see different files: on a directory of each node's own, or a stale one."""
+        reader = self._start.reader
+        seen = {
+            "configuration": self._config.model_dump_json(),
+            "train_data": self._data.digest,
+            "validation_data": self._validation.digest if self._validation else None,
+            "checkpoint": reader.manifest.digest if reader else None,
+        }
+        for rank, other in enumerate(self._group.all_gather(seen)):
+            for what in seen:
+                if other[what] != seen[what]:
+                    error = ConfigError(
+                        f"ranks {rank} and {self._group.rank} see different {what}: output_dir, initial_checkpoint and "
+                        "the data must be on a file system that all nodes share"
+                    )
+                    error.agreed = True
+                    raise error
 
     def _training_data(self) -> dict[str, Any]:
         return {
@@ -127,7 +151,10 @@ class TrainingStage:
         display = StepProgress(self._progress.step, last, enabled=self._group.rank == 0)
         display.say(self._where_from())
         if self._progress.step >= last:
-            display.say(f"this stage's {self._training.train_steps} steps are done; raise train_steps to go on")
+            display.say(
+                f"this stage's {self._training.train_steps} steps are done; "
+                "go on with a new output_dir and initial_checkpoint"
+            )
         try:
             if self._progress.step == self._progress.stage_first_step:
                 self._evaluate(display)
@@ -145,13 +172,11 @@ class TrainingStage:
 
     def _open_log(self) -> MetricsLog:
         directory = self._training.output_dir
-        try:
-            log = MetricsLog(directory, self._progress.step + 1)
+        with os_errors(directory, ConfigError):
+            self._lock = lock_run(directory)
             resolved = yaml.safe_dump(self._config.model_dump(mode="json"), sort_keys=False)
-            (directory / "config.yaml").write_text(resolved, encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"output_dir={directory}: cannot be written: {error.strerror}") from error
-        return log
+            replace_file(directory / "config.yaml", resolved.encode())
+            return MetricsLog(directory, self._progress.step + 1)
 
     def _where_from(self) -> str:
         if self._start.reader is None:
@@ -175,6 +200,7 @@ class TrainingStage:
         self._progress = progress.model_copy(
             update={
                 "step": progress.step + 1,
+                "optimizer_step": progress.optimizer_step + 1,
                 "consumed_samples": progress.consumed_samples + training.global_batch_size,
                 "tokens": progress.tokens + sums.tokens,
                 "flops": progress.flops + self._flops(batches),
@@ -229,7 +255,10 @@ class TrainingStage:
         ]
         write_checkpoint(path, self._group, files, self._manifest)
         if self._group.rank == 0:
-            remove_old(self._training.output_dir, self._training.keep_last)
+            try:
+                remove_old(self._training.output_dir, self._training.keep_last)
+            except OSError as error:  # the run itself is well
+                display.say(f"old checkpoints could not be removed: {error}")
         display.say(f"saved {path}")
 
     def _manifest(self, files: dict[str, FileRecord]) -> Manifest:

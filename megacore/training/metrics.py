@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from megacore.errors import MegacoreError
 from megacore.models.bert import BertSums
 from megacore.parallel.collectives import data_parallel_sum
 from megacore.parallel.grid import ParallelGrid
+from megacore.publish import os_errors
 from megacore.training.batches import DeviceBatch
 
 
@@ -99,7 +101,7 @@ class MetricsLog:
     """
 
     def __init__(self, directory: Path, first_step: int) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
+        self._directory = directory
         path = directory / "metrics.jsonl"
         _end_last_line(path)
         self._lines = path.open("a", encoding="utf-8")
@@ -107,11 +109,12 @@ class MetricsLog:
 
     def write(self, split: str, step: int, figures: dict[str, Any]) -> None:
         """Record the figures of a step."""
-        self._lines.write(json.dumps({"split": split, "step": step, **figures}) + "\n")
-        self._lines.flush()
-        for name, value in figures.items():
-            self._board.add_scalar(f"{split}/{name}", value, step)
-        self._board.flush()
+        with os_errors(self._directory, MegacoreError):
+            self._lines.write(json.dumps({"split": split, "step": step, **figures}) + "\n")
+            self._lines.flush()
+            for name, value in figures.items():
+                self._board.add_scalar(f"{split}/{name}", value, step)
+            self._board.flush()
 
     def close(self) -> None:
         """Flush and close all files."""

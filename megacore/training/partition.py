@@ -62,7 +62,7 @@ def load_state(engine: TrainingEngine, reader: CheckpointReader) -> None:
     """Set weights, fp32 masters and, if the checkpoint has them, Adam's moments and step; at any layout."""
     states = reader.manifest.states
     if MOMENTS[0] in states:
-        _make_moments(engine, reader.manifest.progress.step)
+        _make_moments(engine, reader.manifest.progress.optimizer_step)
     with torch.no_grad():
         for name, parameter in declared(engine.model):
             mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import re
 import shutil
 from pathlib import Path
+from typing import TextIO
 
+from megacore.errors import ConfigError
+
+_REMOVED = ".removed"
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -25,7 +30,25 @@ def checkpoints(run: Path) -> list[Path]:
 
 def remove_old(run: Path, keep_last: int) -> None:
     """Remove all but a run's newest checkpoints; a checkpoint being removed no longer has a checkpoint's name."""
+    for left in (run / "checkpoints").glob(f"*{_REMOVED}"):  # by a job that was killed while it removed
+        shutil.rmtree(left)
     for path in checkpoints(run)[:-keep_last]:
-        doomed = path.with_name(path.name + ".removed")
+        doomed = path.with_name(path.name + _REMOVED)
         path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        shutil.rmtree(doomed)
+
+
+def lock_run(run: Path) -> TextIO:
+    """Take a run's directory for this job, until the returned file is closed (or the process ends).
+
+    Raises:
+        ConfigError: another job is training there.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    lock = (run / ".lock").open("a", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ConfigError(f"output_dir={run}: another job is training there; wait for it, or stop it") from None
+    return lock

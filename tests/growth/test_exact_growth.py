@@ -74,7 +74,7 @@ def save(model: Bert, optimizer: torch.optim.AdamW, config: ModelConfig, path: P
         files.append((f"rank{rank}.safetensors", pieces))
     specs = {name: parameter.spec for name, parameter in declared(model)}
     records = parameter_records(specs, dict.fromkeys(specs, (1.0, 1.0)))
-    progress = Progress(step=TRAINED_STEPS, consumed_samples=96)
+    progress = Progress(step=TRAINED_STEPS, optimizer_step=TRAINED_STEPS, consumed_samples=96)
     write_checkpoint(
         path,
         Alone(),
@@ -156,7 +156,7 @@ def adam_of(reader: CheckpointReader) -> tuple[Bert, torch.optim.AdamW]:
     optimizer = adam(model, {name: (r.learning_rate_multiplier, r.adam_eps_multiplier) for name, r in records.items()})
     for name, parameter in declared(model):
         moments = {key: torch.from_numpy(reader.read(name, key)) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.tensor(float(reader.manifest.progress.step)), **moments}
+        optimizer.state[parameter] = {"step": torch.tensor(float(reader.manifest.progress.optimizer_step)), **moments}
     return model, optimizer
 
 
@@ -263,7 +263,9 @@ def test_multipliers_anneal_and_compound(trained: Any, tmp_path: Path) -> None:
 
 
 def test_reset_leaves_the_optimizer_out(trained: Any, tmp_path: Path) -> None:
-    assert grow(trained[0], tmp_path / "reset", DOUBLE, keep_optimizer=False).manifest.states == ("weight",)
+    manifest = grow(trained[0], tmp_path / "reset", DOUBLE, keep_optimizer=False).manifest
+    assert manifest.states == ("weight",)
+    assert (manifest.progress.step, manifest.progress.optimizer_step) == (TRAINED_STEPS, 0)
 
 
 @pytest.mark.parametrize(
