@@ -85,8 +85,6 @@ def merge(kind: type[Settings], values: Mapping[str, Any], overrides: Mapping[st
     for section in {path[0] for path in paths.values() if len(path) > 1} & merged.keys():
         if merged[section] is None:
             merged[section] = {}  # a section without keys
-        elif not isinstance(merged[section], dict):
-            raise ConfigError(f"{section}={merged[section]!r}: expected a mapping of keys to values")
     for key, value in overrides.items():
         path = tuple(key.split("."))
         if len(path) == 1:
@@ -100,6 +98,8 @@ def merge(kind: type[Settings], values: Mapping[str, Any], overrides: Mapping[st
         target = merged
         for name in path[:-1]:
             target = target.setdefault(name, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"{name}={target!r}: expected a mapping of keys to values")
         target[path[-1]] = value
     return merged
 

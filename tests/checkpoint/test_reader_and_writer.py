@@ -194,6 +194,38 @@ def test_a_missing_piece_is_found(tmp_path: Path) -> None:
         reader.check_coverage()
 
 
+def test_runs_that_overlap_are_found(tmp_path: Path) -> None:
+    """Twice the first half of a tensor has the right number of entries, and is not the tensor."""
+    path = write(tmp_path / "c", replicas=2)
+
+    def overlap(body: dict[str, Any]) -> None:
+        first, second = (body["files"][f"rank0-{n}.safetensors"]["pieces"]["mlm_head.norm.bias/weight"] for n in (0, 1))
+        second["run"] = first["run"]
+
+    edited(path, overlap)
+    reader = CheckpointReader(path)
+    for use in (reader.check_coverage, lambda: reader.read("mlm_head.norm.bias", "weight")):
+        with pytest.raises(CheckpointError, match=r"mlm_head\.norm\.bias are missing or overlap"):
+            use()
+
+
+def test_a_comparison_never_takes_not_a_number_for_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of 3e38 are finite numbers, but what the model computes with them is not."""
+    import torch
+
+    from megacore.growth.verify import compare, random_batch
+
+    good, original = CheckpointReader(write(tmp_path / "good")), values
+    monkeypatch.setattr(
+        "tests.checkpoint.test_reader_and_writer.values",
+        lambda name: np.full_like(original(name), 3e38) if name == "embeddings.position" else original(name),
+    )
+    bad = CheckpointReader(write(tmp_path / "bad"))
+    check_integrity(bad)
+    with pytest.raises(CheckpointError, match="not finite"):
+        compare(good, bad, [random_batch(CONFIG)], torch.float32)
+
+
 def test_values_that_are_not_finite_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = values
 

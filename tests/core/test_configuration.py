@@ -51,6 +51,7 @@ def test_overrides_reach_their_section_by_the_key_alone_or_dotted(file: Path) ->
         (["seed"], ["'seed'", "key=value"]),
         (["seed=1", "seed=2"], ["seed", "twice"]),
         (["model.seed=1"], ["model.seed", "training.seed"]),
+        (["hidden_size=2024-13-45"], ["hidden_size=2024-13-45", "YAML"]),
     ],
 )
 def test_impossible_settings_are_refused_by_name(file: Path, words: list[str], parts: list[str]) -> None:
@@ -62,7 +63,14 @@ def test_impossible_settings_are_refused_by_name(file: Path, words: list[str], p
 
 @pytest.mark.parametrize(
     ("text", "part"),
-    [("model: [1", "YAML"), ("- 1", "mapping"), ("modle: {}", "did you mean model"), (YAML + "\nmore: 1", "more")],
+    [
+        ("model: [1", "YAML"),
+        ("- 1", "mapping"),
+        ("model:", "model.vocab_size"),
+        ("model: 3", "model=3: Input should be"),
+        ("modle: {}", "did you mean model"),
+        (YAML + "\nmore: 1", "more"),
+    ],
 )
 def test_a_broken_file_is_named(tmp_path: Path, text: str, part: str) -> None:
     path = tmp_path / "broken.yaml"
@@ -139,6 +147,9 @@ def test_auto_is_filled_in(tmp_path: Path) -> None:
         ({"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}}, "zero_optimization.reduce_bucket_size"),
         ({"zero_optimization": {"stage": 0}}, "stage=0"),
         ({}, "stage=0"),
+        ({"zero_optimization": 1}, "zero_optimization=1"),
+        ({"zero_optimization": {"stage": 1}, "bf16": True}, "bf16=True"),
+        ({"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}, "data_types"),
         ({"zero_optimization": {"stage": 3}}, "stage=3"),
         ({"zero_optimization": {"stage": 1}, "scheduler": {"type": "WarmupLR"}}, "scheduler"),
         ({"zero_optimization": {"stage": 1}, "optimizer": {"type": "Lamb"}}, "Lamb"),

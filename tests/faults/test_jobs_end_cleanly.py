@@ -19,7 +19,7 @@ import yaml
 
 from launcher.start import deepspeed_command, megacore_command, mpi_command
 from megacore.checkpoint.reader import CheckpointReader
-from megacore.training.runs import checkpoint_path, checkpoints
+from megacore.training.runs import checkpoint_path, checkpoints, lock_run
 from tests.models import run_config, write_instances
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -165,6 +165,20 @@ def test_a_world_of_the_wrong_size_ends_with_one_error(tmp_path: Path, data: Pat
 def test_tasks_without_ranks_are_not_run_as_copies(tmp_path: Path, data: Path) -> None:
     config = config_file(tmp_path, data)
     assert_one_error(call(mpi_command(2, "train", config), LIMIT), "2 tasks", "deepspeed")
+
+
+def test_tasks_that_mpi_does_not_connect_are_not_run_as_copies(trained: Path, tmp_path: Path) -> None:
+    command = megacore_command("grow", trained, tmp_path / "out", "intermediate_size=80")
+    environment = {**ENVIRONMENT, "SLURM_STEP_NUM_TASKS": "2"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT)
+    assert_one_error(result, "2 tasks", "--mpi=pmix")
+
+
+def test_a_second_job_in_the_same_directory_is_refused(tmp_path: Path, data: Path) -> None:
+    config = config_file(tmp_path, data)
+    with lock_run(tmp_path / "run"):
+        assert_one_error(call(megacore_command("train", config), LIMIT), "another job is training there")
+    assert checkpoints(tmp_path / "run") == []
 
 
 def test_a_changed_model_is_not_resumed(tmp_path: Path, data: Path, trained: Path) -> None:

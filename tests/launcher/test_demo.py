@@ -51,3 +51,12 @@ def test_the_recipes_grow_into_each_other() -> None:
     sizes = parse_overrides(_GROWTH)
     sizes.pop("tensor_parallel_size")
     assert make_plan(small, sizes, Symmetry()).target == large
+
+
+def test_an_input_inside_the_demos_directory_is_not_removed(tmp_path: Path) -> None:
+    _prepare(tmp_path)
+    text = tmp_path / "my.txt"
+    text.write_text("mine")
+    with pytest.raises(ConfigError, match=r"my\.txt lies in"):
+        run_demo(tmp_path, text)
+    assert text.read_text() == "mine"

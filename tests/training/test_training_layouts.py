@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from megacore.checkpoint.reader import CheckpointReader
-from megacore.communicator import TorchRanks
-from megacore.config import RunConfig
+from megacore.communicator import Alone, TorchRanks
+from megacore.config import ParallelConfig, RunConfig
+from megacore.growth.execute import GrowthOutput, grow_checkpoint
+from megacore.growth.plan import Symmetry, make_plan
 from megacore.parallel.grid import ParallelGrid
 from megacore.training.distributed import join_world, leave_world
 from megacore.training.loop import TrainingStage
@@ -69,6 +71,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[str, RunC
         "tp2 from dp2": config("tp2-from-dp2", tensor_parallel_size=2),
         "dp2 from tp2": config("dp2-from-tp2"),
         "tp2 dp2 from single": config("tp2-dp2-from-single", tensor_parallel_size=2),
+        "fresh adam": config("fresh-adam", initial_checkpoint=str(folder / "weights-only")),
+        "fresh adam resumed": config("fresh-adam-resumed", initial_checkpoint=str(folder / "weights-only")),
     }
 
     def start(name: str, source: str) -> tuple[str, str]:
@@ -87,10 +91,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[str, RunC
         },
         4: {"tp2 dp2": None, "tp4": None, "tp2 dp2 from single": "single"},
     }
+    launches_after_growth = ("fresh adam", "fresh adam resumed")
     for world, cases in launches.items():
         copies = [None if source is None else start(name, source) for name, source in cases.items()]
         run_ranks(train_all, world, [made[name] for name in cases], copies)
+    grow_with_fresh_adam(checkpoint_path(made["single"].training.output_dir, STEPS), folder / "weights-only")
+    source, target = (
+        str(checkpoint_path(made[name].training.output_dir, STEPS + STEPS // 2)) for name in launches_after_growth
+    )
+    run_ranks(train_all, 1, [made[name] for name in launches_after_growth], [None, (source, target)])
     return made
+
+
+def grow_with_fresh_adam(source: Path, target: Path) -> None:
+    reader = CheckpointReader(source)
+    plan = make_plan(reader.manifest.model, {}, Symmetry())
+    grow_checkpoint(reader, plan, target, GrowthOutput(ParallelConfig(), keep_optimizer=False), Alone())
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +144,16 @@ def test_a_resumed_run_ends_with_the_same_bits(runs: dict[str, RunConfig], resum
     assert first.files == second.files  # all checksums
     assert first.progress == second.progress
     assert figures(runs[resumed], "loss")[STEPS // 2 :] == figures(runs[f"{resumed} resumed"], "loss")
+
+
+def test_a_fresh_adam_is_resumed_at_its_own_step(runs: dict[str, RunConfig]) -> None:
+    """Its bias correction counts from the growth, not from the lineage's first step."""
+    first, second = (
+        CheckpointReader(checkpoint_path(runs[name].training.output_dir, 2 * STEPS)).manifest
+        for name in ("fresh adam", "fresh adam resumed")
+    )
+    assert first.files == second.files
+    assert (first.progress.step, first.progress.optimizer_step) == (2 * STEPS, STEPS)
 
 
 @pytest.mark.parametrize("name", ["tp2 from dp2", "dp2 from tp2", "tp2 dp2 from single"])
