@@ -16,6 +16,7 @@ from megacore.errors import ConfigError
 from megacore.publish import os_errors, replace_file
 
 if TYPE_CHECKING:
+    from megacore.config import ModelConfig
     from megacore.growth.verify import LabelledBatch
 
 _SOURCE = typer.Argument(..., help="Directory of a checkpoint.", show_default=False)
@@ -101,7 +102,7 @@ def verify(
     if against is None:
         return
     other = CheckpointReader(against)
-    batches = _data_batches(data, samples) if data else [random_batch(reader.manifest.model)]
+    batches = _data_batches(data, samples, reader.manifest.model) if data else [random_batch(reader.manifest.model)]
     result = compare(other, reader, batches, getattr(torch, dtype))
     worst = max(result.mlm_relative_error, result.nsp_relative_error)
     typer.echo(
@@ -161,13 +162,13 @@ def _one_of(option: str, value: str | None, allowed: tuple[str | None, ...]) -> 
         raise ConfigError(f"{option}={value}: use {' or '.join(name for name in allowed if name)}")
 
 
-def _data_batches(path: Path, samples: int) -> list[LabelledBatch]:
+def _data_batches(path: Path, samples: int, model: ModelConfig) -> list[LabelledBatch]:
     import torch
 
-    from data_pipeline.loader import InstanceDataset, PretrainingBatches
+    from data_pipeline.loader import PretrainingBatches
     from megacore.growth.verify import LabelledBatch
-    from megacore.training.batches import DeviceBatch
+    from megacore.training.batches import DeviceBatch, open_data
 
-    batches = PretrainingBatches(InstanceDataset(path), seed=0, global_batch_size=16, micro_batch_size=16)
+    batches = PretrainingBatches(open_data(path, model), seed=0, global_batch_size=16, micro_batch_size=16)
     on_device = (DeviceBatch.of(batch, torch.device("cpu")) for batch in batches.evaluation_batches(samples))
     return [LabelledBatch(batch.inputs, batch.masked_labels, batch.next_sentence_labels) for batch in on_device]

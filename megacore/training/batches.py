@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from data_pipeline.loader import Batch
+from data_pipeline.loader import Batch, InstanceDataset
+from megacore.communicator import Alone, Communicator
+from megacore.config import ModelConfig
+from megacore.errors import ConfigError
 from megacore.models.bert import BertInput
 
 
@@ -42,3 +46,23 @@ class DeviceBatch:
             next_sentence_labels=tensor(batch.next_sentence_labels),
             sample_index=tensor(batch.sample_index),
         )
+
+
+def open_data(path: Path, model: ModelConfig, group: Communicator | None = None) -> InstanceDataset:
+    """Open a data set, check that the model can take it, and its checksums, shared with the ranks of ``group``.
+
+    Raises:
+        ConfigError: the vocabulary or the sequence length do not fit the model.
+        DataError: the data set is missing or damaged.
+    """
+    group = group or Alone()
+    data = InstanceDataset(path)
+    data.verify(group.rank, group.size)
+    if data.vocab_size != model.vocab_size:
+        raise ConfigError(f"vocab_size={model.vocab_size}, but {path} was tokenised with {data.vocab_size} pieces")
+    if data.sequence_length > model.max_position_embeddings:
+        raise ConfigError(
+            f"max_position_embeddings={model.max_position_embeddings}, but {path} has sequences of "
+            f"{data.sequence_length} tokens"
+        )
+    return data

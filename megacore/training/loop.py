@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from data_pipeline.loader import InstanceDataset, PretrainingBatches
+from data_pipeline.loader import PretrainingBatches
 from megacore.checkpoint.manifest import (
     FileRecord,
     Layout,
@@ -21,14 +20,14 @@ from megacore.checkpoint.manifest import (
 from megacore.checkpoint.reader import CheckpointReader
 from megacore.checkpoint.writer import write_checkpoint
 from megacore.communicator import Communicator, TorchRanks, together
-from megacore.config import ModelConfig, RunConfig
+from megacore.config import RunConfig
 from megacore.errors import CheckpointError, ConfigError, MegacoreError
 from megacore.models.bert import declarations
 from megacore.models.flops import bert_training_flops
 from megacore.parallel.collectives import data_parallel_sum
 from megacore.parallel.grid import ParallelGrid
 from megacore.publish import os_errors, replace_file
-from megacore.training.batches import DeviceBatch
+from megacore.training.batches import DeviceBatch, open_data
 from megacore.training.deepspeed_config import resolve_deepspeed_config
 from megacore.training.distributed import join_world, leave_world
 from megacore.training.engine import Multipliers, TrainingEngine
@@ -93,9 +92,9 @@ class TrainingStage:
         self._config, self._grid, self._group, self._device = config, grid, group, device
         self._training = config.training
         with together(group):
-            self._data = _open_data(config.data.train_data, config.model, group)
+            self._data = open_data(config.data.train_data, config.model, group)
             held_out = config.data.validation_data
-            self._validation = None if held_out is None else _open_data(held_out, config.model, group)
+            self._validation = None if held_out is None else open_data(held_out, config.model, group)
             self._start = _find_start(config, self._training_data())
             self._batches = PretrainingBatches(
                 self._data,
@@ -279,20 +278,6 @@ class TrainingStage:
             lineage=self._start.reader.manifest.lineage if self._start.reader else (),
             training_data=self._training_data(),
         )
-
-
-def _open_data(path: Path, model: ModelConfig, group: Communicator) -> InstanceDataset:
-    """Open a data set, check that the model can take it, and, with the other ranks, all of its checksums."""
-    data = InstanceDataset(path)
-    data.verify(group.rank, group.size)
-    if data.vocab_size != model.vocab_size:
-        raise ConfigError(f"vocab_size={model.vocab_size}, but {path} was tokenised with {data.vocab_size} pieces")
-    if data.sequence_length > model.max_position_embeddings:
-        raise ConfigError(
-            f"max_position_embeddings={model.max_position_embeddings}, but {path} has sequences of "
-            f"{data.sequence_length} tokens"
-        )
-    return data
 
 
 def _find_start(config: RunConfig, training_data: dict[str, Any]) -> _Start:

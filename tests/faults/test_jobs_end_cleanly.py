@@ -213,6 +213,12 @@ def test_verify_tells_a_different_function(trained: Path, tmp_path: Path) -> Non
     assert "not the same function" in result.stderr
 
 
+def test_verify_refuses_data_that_the_model_cannot_take(trained: Path, tmp_path: Path) -> None:
+    longer = write_instances(tmp_path / "longer", sequence_length=64)
+    result = call(megacore_command("verify", trained, "--against", trained, "--data", longer))
+    assert_one_error(result, "max_position_embeddings=32", "64 tokens")
+
+
 def test_every_command_has_help() -> None:
     for words in ([], ["train"], ["grow"], ["verify"], ["inspect"], ["report"], ["demo"], ["data"], ["data", "build"]):
         result = call([sys.executable, "-m", "launcher", *words, "--help"])
