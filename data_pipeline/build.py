@@ -30,7 +30,8 @@ def build_tokenizer(config: DataBuildConfig, on_progress: Progress = lambda size
     Raises:
         DataError: the corpus cannot be read, is empty, or does not allow the vocabulary size.
     """
-    train_tokenizer(_sampled_sentences(config, on_progress), config.vocab_size, config.tokenizer_path)
+    sentences = _sampled_sentences(config, on_progress)
+    train_tokenizer(sentences, config.vocab_size, config.tokenizer_path, config.num_sentinels)
 
 
 def _sampled_sentences(config: DataBuildConfig, on_progress: Progress) -> list[str]:
@@ -65,7 +66,7 @@ def build_sentences(
         DataError: on every rank, if any rank failed.
     """
     with together(group):
-        tokenizer = Tokenizer(config.tokenizer_path, config.vocab_size)
+        tokenizer = Tokenizer(config.tokenizer_path, config.vocab_size, config.num_sentinels)
         blocks = units(config.inputs, _block_bytes(config))
         about = _about(config, tokenizer)
         done = already_built(config.sentences_path, "sentences", about)

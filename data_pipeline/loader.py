@@ -1,10 +1,10 @@
-"""Batches of pretraining instances: which ones is a function of the global sample counter alone."""
+"""Packed batches of pretraining instances: which ones is a function of the global sample counter alone."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,38 +12,53 @@ from numpy.typing import NDArray
 from data_pipeline.sampler import sample_order
 from data_pipeline.shards import read_dataset
 from data_pipeline.tokenizer import PAD
-from megacore.errors import DataError
+from megacore.errors import ConfigError, DataError
 
-_MULTIPLE = 8
-"""Sequences are padded to a multiple of this."""
+Objective = Literal["mlm_nsp", "mlm", "causal_lm", "prefix_lm", "span_corruption"]
+"""What a model is trained for; `OBJECTIVES` says with which data."""
+OBJECTIVES: dict[str, tuple[Objective, ...]] = {
+    "mlm_nsp": ("mlm_nsp", "mlm"),
+    "lm": ("causal_lm", "prefix_lm"),
+    "span_corruption": ("span_corruption",),
+}
+"""The objective that a data set was built for -> what it can be read for; the first is the default."""
+_OFFSETS = {
+    "input_ids": "offsets",
+    "masked_positions": "masked_offsets",
+    "masked_labels": "masked_offsets",
+    "target_ids": "target_offsets",
+}
+"""Flat columns, and the columns that say where an instance begins and ends in them."""
 
-
-class Instance(NamedTuple):
-    """One pretraining instance, unpadded."""
-
-    input_ids: NDArray[Any]
-    segment_b_start: int
-    next_sentence_label: int
-    masked_positions: NDArray[Any]
-    masked_labels: NDArray[Any]
+Instance = dict[str, Any]
+"""One instance: its part of each flat column (an array), and its value in each other column (an int)."""
 
 
 class InstanceDataset:
     """The instances of one directory, by number.
 
     Raises:
-        DataError: there is no such data set, it is empty, or it is damaged.
+        DataError: there is no such data set, it is empty, it is damaged, or its objective is unknown.
     """
 
     def __init__(self, path: Path) -> None:
         dataset = read_dataset(path, "instances")
+        self.path = path
         self.verify = dataset.verify
-        self._shards = [dataset.columns(name) for name in dataset.manifest.shards]
-        self._first = np.cumsum([0, *(len(shard["next_sentence_label"]) for shard in self._shards)])
+        # As plain arrays: a slice of a np.memmap costs several times as much.
+        self._shards = [
+            {key: np.asarray(column) for key, column in dataset.columns(name).items()}
+            for name in dataset.manifest.shards
+        ]
+        self._first = np.cumsum([0, *(len(shard["offsets"]) - 1 for shard in self._shards)])
         if not len(self):
             raise DataError(f"{path} has no instances")
-        self.vocab_size: int = dataset.manifest.about["vocab_size"]
-        self.sequence_length: int = dataset.manifest.about["sequence_length"]
+        about = dataset.manifest.about
+        self.vocab_size: int = about["vocab_size"]
+        self.sequence_length: int = about["sequence_length"]
+        self.objective: str = about.get("objective", "mlm_nsp")
+        if self.objective not in OBJECTIVES:
+            raise DataError(f"{path}: unknown objective={self.objective}; known: {', '.join(OBJECTIVES)}")
         self.digest: str = dataset.manifest.digest
 
     def __len__(self) -> int:
@@ -52,58 +67,129 @@ class InstanceDataset:
     def __getitem__(self, number: int) -> Instance:
         shard_number = int(np.searchsorted(self._first, number, side="right")) - 1
         shard, local = self._shards[shard_number], number - int(self._first[shard_number])
-        tokens = slice(*shard["offsets"][local : local + 2])
-        masked = slice(*shard["masked_offsets"][local : local + 2])
-        return Instance(
-            shard["input_ids"][tokens],
-            int(shard["segment_b_start"][local]),
-            int(shard["next_sentence_label"][local]),
-            shard["masked_positions"][masked],
-            shard["masked_labels"][masked],
+        bounds = {name: slice(*shard[name][local : local + 2]) for name in {*_OFFSETS.values()} & shard.keys()}
+        return {
+            name: column[bounds[_OFFSETS[name]]] if name in _OFFSETS else int(column[local])
+            for name, column in shard.items()
+            if name not in bounds
+        }
+
+
+def check_objective(dataset: InstanceDataset, objective: Objective) -> None:
+    """Refuse data that was built for something else.
+
+    Raises:
+        ConfigError: naming both objectives, and what to build.
+    """
+    readable = OBJECTIVES[dataset.objective]
+    if objective not in readable:
+        wanted = next(built for built, served in OBJECTIVES.items() if objective in served)
+        raise ConfigError(
+            f"objective={objective}: {dataset.path} was built with objective={dataset.objective}, for "
+            f"{' and '.join(readable)}; build other instances with 'megacore data instances ... objective={wanted}'"
         )
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch.
+    """A micro-batch without padding: its sequences are laid end to end.
 
     Args:
-        input_ids: [batch, seq] int64, padded with [PAD].
-        token_type_ids: [batch, seq] int64.
-        lengths: [batch] int64, without padding.
-        masked_positions: [masked] int64, indices into batch × seq.
-        masked_labels: [masked] int64.
-        next_sentence_labels: [batch] int64.
-        sample_index: [batch] int64, the place of each sample in the endless global order.
+        tokens: [3, total] int64: token id, segment (token type), position within the sequence.
+        sequences: [3, n] int64: length, prefix length (tokens that every token of the sequence may attend to in a
+            prefix LM; 0 where there is none), number of the sample in the endless global order.
+        label_positions: [m] int64, where the token head is applied: indices into total of the stream that the loss
+            reads (the target stream where there is one, else ``tokens``).
+        labels: [m] int64, token ids to predict there.
+        next_sentence_labels: [n] int64, or None where the objective has no sentence pairs.
+        target_tokens: [3, total] int64, like ``tokens``, of the decoder; None without one.
+        target_sequences: [3, n] int64, like ``sequences``, of the decoder (no prefix, the same samples).
     """
 
-    input_ids: NDArray[np.int64]
-    token_type_ids: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-    masked_positions: NDArray[np.int64]
-    masked_labels: NDArray[np.int64]
-    next_sentence_labels: NDArray[np.int64]
-    sample_index: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    sequences: NDArray[np.int64]
+    label_positions: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    next_sentence_labels: NDArray[np.int64] | None = None
+    target_tokens: NDArray[np.int64] | None = None
+    target_sequences: NDArray[np.int64] | None = None
 
 
-def collate(instances: list[Instance], sample_index: NDArray[np.int64], sequence_length: int) -> Batch:
-    """Pad instances to the longest of them (rounded up, at most ``sequence_length``)."""
-    lengths = np.array([len(instance.input_ids) for instance in instances], np.int64)
-    seq = min(-(-int(lengths.max()) // _MULTIPLE) * _MULTIPLE, sequence_length)
-    input_ids = np.full((len(instances), seq), PAD, np.int64)
-    token_type_ids = np.zeros((len(instances), seq), np.int64)
-    for row, instance in enumerate(instances):
-        input_ids[row, : lengths[row]] = instance.input_ids
-        token_type_ids[row, instance.segment_b_start : lengths[row]] = 1
+def collate(instances: list[Instance], samples: NDArray[np.int64], objective: Objective) -> Batch:
+    """Lay instances end to end; ``samples`` [n] are their numbers in the global order."""
+    if objective in ("mlm_nsp", "mlm"):
+        return _masked(instances, samples, with_pairs=objective == "mlm_nsp")
+    if objective == "span_corruption":
+        return _encoder_decoder(instances, samples)
+    return _language_model(instances, samples, with_prefix=objective == "prefix_lm")
+
+
+def _masked(instances: list[Instance], samples: NDArray[np.int64], with_pairs: bool) -> Batch:
+    ids, lengths = _joined(instances, "input_ids")
+    places, counts = _joined(instances, "masked_positions")
+    tokens = _tokens(ids, lengths)
+    tokens[1] = tokens[2] >= np.repeat(_numbers(instances, "segment_b_start"), lengths)
     return Batch(
-        input_ids,
-        token_type_ids,
-        lengths,
-        np.concatenate([row * seq + i.masked_positions.astype(np.int64) for row, i in enumerate(instances)]),
-        np.concatenate([instance.masked_labels.astype(np.int64) for instance in instances]),
-        np.array([instance.next_sentence_label for instance in instances], np.int64),
-        sample_index,
+        tokens,
+        _sequences(lengths, samples),
+        places + np.repeat(_starts(lengths), counts),
+        _joined(instances, "masked_labels")[0],
+        _numbers(instances, "next_sentence_label") if with_pairs else None,
     )
+
+
+def _language_model(instances: list[Instance], samples: NDArray[np.int64], with_prefix: bool) -> Batch:
+    ids, lengths = _joined(instances, "input_ids")
+    tokens, sequences = _tokens(ids, lengths), _sequences(lengths, samples)
+    if with_prefix:
+        sequences[1] = _numbers(instances, "prefix_length")
+    # A token is predicted at the place before it; those of the prefix are given.
+    first, stop = np.repeat([np.maximum(sequences[1] - 1, 0), lengths - 1], lengths, axis=1)
+    places = np.flatnonzero((tokens[2] >= first) & (tokens[2] < stop))
+    return Batch(tokens, sequences, places, ids[places + 1])
+
+
+def _encoder_decoder(instances: list[Instance], samples: NDArray[np.int64]) -> Batch:
+    ids, lengths = _joined(instances, "input_ids")
+    labels, target_lengths = _joined(instances, "target_ids")
+    # The decoder reads [PAD], then what it was to write so far.
+    decoder_ids = np.roll(labels, 1)
+    decoder_ids[_starts(target_lengths)] = PAD
+    return Batch(
+        _tokens(ids, lengths),
+        _sequences(lengths, samples),
+        np.arange(len(labels)),
+        labels,
+        target_tokens=_tokens(decoder_ids, target_lengths),
+        target_sequences=_sequences(target_lengths, samples),
+    )
+
+
+def _joined(instances: list[Instance], name: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return a flat column of the instances [total], and how much of it each has [n]."""
+    parts = [instance[name] for instance in instances]
+    return np.concatenate(parts, dtype=np.int64), np.array([len(part) for part in parts], np.int64)
+
+
+def _numbers(instances: list[Instance], name: str) -> NDArray[np.int64]:
+    """Return a column with one number for each instance [n]."""
+    return np.array([instance[name] for instance in instances], np.int64)
+
+
+def _starts(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return where each sequence begins [n]."""
+    starts: NDArray[np.int64] = np.cumsum(lengths) - lengths
+    return starts
+
+
+def _tokens(ids: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return ids, segment 0 and positions [3, total]."""
+    return np.stack([ids, np.zeros_like(ids), np.arange(len(ids)) - np.repeat(_starts(lengths), lengths)])
+
+
+def _sequences(lengths: NDArray[np.int64], samples: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return lengths, no prefixes, and samples [3, n]."""
+    return np.stack([lengths, np.zeros_like(lengths), samples])
 
 
 class PretrainingBatches:
@@ -118,6 +204,10 @@ class PretrainingBatches:
         micro_batch_size: samples of a micro-batch.
         data_parallel_rank: this replica.
         data_parallel_size: number of replicas.
+        objective: what to read the instances for; by default what they were built for (``lm``: causal LM).
+
+    Raises:
+        ConfigError: the instances were built for something else than ``objective``.
     """
 
     def __init__(
@@ -128,7 +218,10 @@ class PretrainingBatches:
         micro_batch_size: int,
         data_parallel_rank: int = 0,
         data_parallel_size: int = 1,
+        objective: Objective | None = None,
     ) -> None:
+        self._objective: Objective = objective or OBJECTIVES[dataset.objective][0]
+        check_objective(dataset, self._objective)
         self._dataset, self._seed = dataset, seed
         self._micro, self._share = micro_batch_size, global_batch_size // data_parallel_size
         self._rank, self._replicas = data_parallel_rank, data_parallel_size
@@ -149,7 +242,7 @@ class PretrainingBatches:
             collate(
                 [self._dataset[int(number)] for number in chosen[start : start + self._micro]],
                 counter[start : start + self._micro],
-                self._dataset.sequence_length,
+                self._objective,
             )
             for start in range(0, len(chosen), self._micro)
         ]

@@ -34,7 +34,7 @@ def mask_tokens(
         ids: [batch, seq], padded with [PAD].
         keys: [batch], one per sequence.
         rate: share of tokens; special tokens are never chosen and never drawn.
-        vocab_size: random tokens are drawn from the ids above the special ones.
+        vocab_size: random tokens are drawn from the ids above the special ones and below this (no sentinels).
         starts_word: [vocab_size]; if given, whole words are chosen, as many as fit into the number (at least one).
     """
     candidate = (ids >= len(SPECIAL_TOKENS)) | (ids == UNK)

@@ -44,6 +44,10 @@ class Corpus:
     def __len__(self) -> int:
         return int(self.first_documents[-1])
 
+    def file_documents(self, file: int) -> range:
+        """Return the numbers of the documents of a file."""
+        return range(int(self.first_documents[file]), int(self.first_documents[file + 1]))
+
     def document(self, number: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """Return a document's tokens, and the ends of its sentences in them."""
         file = int(np.searchsorted(self.first_documents, number, side="right")) - 1

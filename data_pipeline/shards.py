@@ -63,7 +63,8 @@ def already_built(path: Path, kind: str, about: dict[str, Any]) -> bool:
     if not path.exists():
         return False
     existing = read_dataset(path, kind).manifest.about
-    for key in sorted(existing.keys() | about.keys()):
+    both = existing.keys() & about.keys()
+    for key in sorted(existing.keys() | about.keys(), key=lambda key: (key not in both, key)):
         if existing.get(key) != about.get(key):
             raise DataError(
                 f"{path} was built with {key}={existing.get(key)!r}, now it is {about.get(key)!r}; "

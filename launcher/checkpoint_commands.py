@@ -16,8 +16,8 @@ from megacore.errors import ConfigError
 from megacore.publish import os_errors, replace_file
 
 if TYPE_CHECKING:
-    from megacore.config import ModelConfig
-    from megacore.growth.verify import LabelledBatch
+    from megacore.model_config import ModelConfig
+    from megacore.models.batch import ModelBatch
 
 _SOURCE = typer.Argument(..., help="Directory of a checkpoint.", show_default=False)
 
@@ -54,9 +54,11 @@ def grow(
         _one_of("--dtype", dtype, (None, "float32", "float64"))
         reader = CheckpointReader(source)
         values = parse_overrides(sizes)
-        layout = {key: values.pop(key, getattr(reader.manifest.layout, key)) for key in ParallelConfig.model_fields}
+        # How the files are cut; a run of any layout can read them.
+        parts = values.pop("tensor_parallel_size", reader.manifest.layout.tensor_parallel_size)
         plan = make_plan(reader.manifest.model, values, Symmetry(noise_scale, share_scale, seed))
-        output = GrowthOutput(validated(ParallelConfig, layout), optimizer == "map", dtype, hold_steps, anneal_steps)
+        parallel = validated(ParallelConfig, {"tensor_parallel_size": parts})
+        output = GrowthOutput(parallel, optimizer == "map", dtype, hold_steps, anneal_steps)
         total = planned_bytes(reader, plan, output)
     with byte_bar("growing (rank 0)", total / group.size, enabled=group.rank == 0) as advance:
         grow_checkpoint(reader, plan, target, output, group, advance)
@@ -104,10 +106,11 @@ def verify(
     other = CheckpointReader(against)
     batches = _data_batches(data, samples, reader.manifest.model) if data else [random_batch(reader.manifest.model)]
     result = compare(other, reader, batches, getattr(torch, dtype))
-    worst = max(result.mlm_relative_error, result.nsp_relative_error)
+    worst = max(result.relative_errors.values())
+    errors = ", ".join(f"{error:.2e} ({head.upper()})" for head, error in result.relative_errors.items())
     typer.echo(
-        f"against {against} in {dtype}: relative |Δlogit| {result.mlm_relative_error:.2e} (MLM), "
-        f"{result.nsp_relative_error:.2e} (NSP); loss {result.loss_before:.6f} and {result.loss_after:.6f}"
+        f"against {against} in {dtype}: relative |Δlogit| {errors}; "
+        f"loss {result.loss_before:.6f} and {result.loss_after:.6f}"
     )
     if json_file:
         _write_json(json_file, result.as_dict())
@@ -162,13 +165,13 @@ def _one_of(option: str, value: str | None, allowed: tuple[str | None, ...]) -> 
         raise ConfigError(f"{option}={value}: use {' or '.join(name for name in allowed if name)}")
 
 
-def _data_batches(path: Path, samples: int, model: ModelConfig) -> list[LabelledBatch]:
+def _data_batches(path: Path, samples: int, model: ModelConfig) -> list[ModelBatch]:
     import torch
 
     from data_pipeline.loader import PretrainingBatches
-    from megacore.growth.verify import LabelledBatch
-    from megacore.training.batches import DeviceBatch, open_data
+    from megacore.training.batches import model_batch, open_data
 
-    batches = PretrainingBatches(open_data(path, model), seed=0, global_batch_size=16, micro_batch_size=16)
-    on_device = (DeviceBatch.of(batch, torch.device("cpu")) for batch in batches.evaluation_batches(samples))
-    return [LabelledBatch(batch.inputs, batch.masked_labels, batch.next_sentence_labels) for batch in on_device]
+    batches = PretrainingBatches(
+        open_data(path, model), seed=0, global_batch_size=16, micro_batch_size=16, objective=model.objective
+    )
+    return [model_batch(batch, torch.device("cpu")) for batch in batches.evaluation_batches(samples)]

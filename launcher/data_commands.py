@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from launcher.bars import byte_bar, count_bar
 from megacore.communicator import mpi_or_alone, together
+
+if TYPE_CHECKING:
+    from data_pipeline.shards import DatasetManifest
 
 data_app = typer.Typer(
     help="From text to pretraining instances: corpus, tokenizer, build, instances.", no_args_is_help=True
@@ -81,7 +85,11 @@ def build(config: Path = _CONFIG, overrides: list[str] = _OVERRIDES) -> None:
 
 @data_app.command()
 def instances(config: Path = _CONFIG, overrides: list[str] = _OVERRIDES) -> None:
-    """Make MLM + NSP instances, alone or under mpirun; writes OUTPUT_DIR/instances/{train,validation}."""
+    """Make the instances of an objective, alone or under mpirun; writes OUTPUT_DIR/instances/{train,validation}.
+
+    objective=mlm_nsp (default) for MLM with or without NSP, lm for causal and prefix LM, span_corruption for
+    encoder-decoder models.
+    """
     from data_pipeline.build import SPLITS
     from data_pipeline.config import DataBuildConfig
     from data_pipeline.instances import build_instances
@@ -101,12 +109,22 @@ def instances(config: Path = _CONFIG, overrides: list[str] = _OVERRIDES) -> None
         if manifest is None:
             typer.echo(f"{path}: already built")
             continue
-        count, tokens = manifest.total("instances"), manifest.total("tokens")
-        typer.echo(
-            f"{path}: {count:,} instances, {tokens:,} tokens, {manifest.total('masked') / tokens:.1%} masked, "
-            f"{manifest.total('random_next') / count:.1%} random next, {time.perf_counter() - began:.1f} s "
-            f"with {group.size} ranks"
-        )
+        seconds = time.perf_counter() - began
+        typer.echo(f"{path}: {_summary(manifest)}, {seconds:.1f} s with {group.size} ranks")
+
+
+def _summary(manifest: DatasetManifest) -> str:
+    """Say what was made; the shares are of the objective's own."""
+    words = [f"{manifest.total(name):,} {name}" for name in ("instances", "tokens")]
+    shares = (
+        ("masked", "tokens", "masked"),
+        ("random_next", "instances", "random next"),
+        ("noise", "corpus_tokens", "of the text taken out"),
+    )
+    for part, whole, what in shares:
+        if manifest.total(part):
+            words.append(f"{manifest.total(part) / manifest.total(whole):.1%} {what}")
+    return ", ".join(words)
 
 
 def _size(paths: tuple[Path, ...]) -> int:

@@ -14,7 +14,7 @@ from enum import Enum
 
 
 class Sharding(Enum):
-    """How tensor-parallel ranks share an axis."""
+    """How the ranks of a replica share an axis: tensor parallel, but for experts."""
 
     REPLICATED = "replicated"
     """Every rank holds the whole axis."""
@@ -22,6 +22,8 @@ class Sharding(Enum):
     """Equal parts; the size must be divisible by the tensor-parallel size."""
     BALANCED = "balanced"
     """Parts that differ by at most one entry: no padding is ever needed."""
+    EXPERT = "expert"
+    """Equal parts over the expert-parallel ranks, not over the tensor-parallel ones."""
 
 
 class GrowthRule(Enum):
@@ -42,21 +44,29 @@ class Axis:
     key: str
     sharding: Sharding = Sharding.REPLICATED
     growth: GrowthRule = GrowthRule.FIXED
+    stacks: bool = False
+    """Stacks several matrices in one parameter (keys and values, gate and up): no fan of any of them."""
 
 
 AXES: dict[str, Axis] = {
     "hidden": Axis("hidden_size", growth=GrowthRule.STREAM),
-    # The output of the MLM head's dense layer: read by the tied word table, so it grows as the stream does.
+    # The output of the token head's dense layer: read by the tied word table, so it grows as the stream does.
     "transform": Axis("hidden_size", growth=GrowthRule.STREAM),
     "pooled": Axis("hidden_size", growth=GrowthRule.SPLIT),
     "heads": Axis("num_attention_heads", Sharding.EVEN, GrowthRule.SPLIT),
+    "kv_heads": Axis("num_key_value_heads", Sharding.EVEN, GrowthRule.SPLIT),
     "head_dim": Axis("head_dim"),
-    "key_value": Axis("key_value"),
+    "key_value": Axis("key_value", stacks=True),
     "ffn": Axis("intermediate_size", Sharding.EVEN, GrowthRule.SPLIT),
+    "gate_up": Axis("gate_up", stacks=True),
+    "experts": Axis("num_experts", Sharding.EXPERT, stacks=True),
+    "routes": Axis("num_experts"),
     "vocab": Axis("vocab_size", Sharding.BALANCED),
     "positions": Axis("max_position_embeddings"),
+    "relative_buckets": Axis("relative_attention_num_buckets"),
     "segments": Axis("type_vocab_size"),
     "nsp_classes": Axis("nsp_classes"),
+    "scalar": Axis("scalar"),
 }
 
 GROWABLE_KEYS: tuple[str, ...] = tuple(

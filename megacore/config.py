@@ -5,100 +5,118 @@ Every size or layout has one key, used in YAML files, in ``key=value`` words and
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from typing_extensions import Self
 
-from megacore.axes import AXES, Sharding
+from megacore.axes import AXES, Axis, Sharding
 from megacore.errors import ConfigError
+from megacore.model_config import ModelConfig, divisors_near
 from megacore.settings import Settings
-
-
-def divisors_near(number: int, value: int, most: int = 4) -> str:
-    """Name the divisors of ``number`` nearest to ``value``, for error messages."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    nearest = sorted(divisors, key=lambda d: (abs(d - value), d))[:most]
-    return ", ".join(str(d) for d in sorted(nearest))
-
-
-class ModelConfig(Settings):
-    """The function that is trained; a checkpoint carries it."""
-
-    family: Literal["bert"] = "bert"
-    vocab_size: PositiveInt
-    hidden_size: PositiveInt
-    num_hidden_layers: PositiveInt
-    num_attention_heads: PositiveInt
-    intermediate_size: PositiveInt
-    max_position_embeddings: PositiveInt = 512
-    type_vocab_size: PositiveInt = 2
-    layer_norm_eps: PositiveFloat = 1e-12
-    hidden_dropout: float = Field(0.1, ge=0, lt=1)
-    attention_dropout: float = Field(0.1, ge=0, lt=1)
-    initializer_range: PositiveFloat = 0.02
-
-    @property
-    def head_dim(self) -> int:
-        """Size of one attention head."""
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def key_value(self) -> int:
-        """Keys and values are one parameter with a leading axis of two."""
-        return 2
-
-    @property
-    def nsp_classes(self) -> int:
-        """Index 0: the second segment follows the first; index 1: it is from another document."""
-        return 2
-
-    def axis_size(self, name: str) -> int:
-        """Return the size of the axis called ``name``."""
-        size: int = getattr(self, AXES[name].key)
-        return size
-
-    @model_validator(mode="after")
-    def _heads_divide_hidden(self) -> Self:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} does not divide hidden_size={self.hidden_size}; "
-                f"nearest that do: {divisors_near(self.hidden_size, self.num_attention_heads)}"
-            )
-        return self
 
 
 class ParallelConfig(Settings):
     """How the ranks share the model; what is left of the world is data parallel."""
 
     tensor_parallel_size: PositiveInt = 1
-    pipeline_parallel_size: Literal[1] = 1
+    sequence_parallel: bool = False
+    """Split the stream between the tensor-parallel regions along the tokens (Korthikanti et al. 2022)."""
+    pipeline_parallel_size: PositiveInt = 1
+    pipeline_partition: Literal["parameters", "uniform"] = "parameters"
+    """Stages of about equal numbers of parameters, or of layers."""
+    ulysses_parallel_size: PositiveInt = 1
+    """Split long sequences over ranks that exchange heads for tokens in attention (DeepSpeed-Ulysses)."""
+    expert_parallel_size: PositiveInt = 1
+    """Ranks, out of the data-parallel ones, that share the experts of a mixture."""
 
     def data_parallel_size(self, world_size: int) -> int:
         """Return the number of data-parallel replicas among ``world_size`` processes."""
-        replica = self.tensor_parallel_size * self.pipeline_parallel_size
+        sizes = {
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "pipeline_parallel_size": self.pipeline_parallel_size,
+            "ulysses_parallel_size": self.ulysses_parallel_size,
+        }
+        replica = math.prod(sizes.values())
         if world_size % replica:
+            named = " × ".join(f"{key}={size}" for key, size in sizes.items() if size > 1)
             raise ConfigError(
-                f"the world has {world_size} processes, which is not a multiple of tensor_parallel_size="
-                f"{self.tensor_parallel_size} × pipeline_parallel_size={self.pipeline_parallel_size}; start "
+                f"the world has {world_size} processes, which is not a multiple of {named}; start "
                 f"{-(-world_size // replica) * replica} processes, or set tensor_parallel_size to one of: "
                 f"{divisors_near(world_size, self.tensor_parallel_size)}"
             )
-        return world_size // replica
+        replicas = world_size // replica
+        if replicas % self.expert_parallel_size:
+            raise ConfigError(
+                f"expert_parallel_size={self.expert_parallel_size} does not divide the {replicas} data-parallel "
+                f"replicas; nearest that do: {divisors_near(replicas, self.expert_parallel_size)}"
+            )
+        return replicas
 
     def check(self, model: ModelConfig) -> None:
-        """Refuse a tensor-parallel size that does not cut the model's axes into usable parts."""
-        parts = self.tensor_parallel_size
+        """Refuse sizes that do not cut the model into usable parts.
+
+        Raises:
+            ConfigError: naming the keys that do not go together, and what does.
+        """
         for axis in AXES.values():
-            size = getattr(model, axis.key)
-            if axis.sharding is Sharding.EVEN and size % parts:
+            self._check_axis(axis, getattr(model, axis.key))
+        self._check_pipeline(model)
+        if self.sequence_parallel and self.tensor_parallel_size == 1:
+            raise ConfigError("sequence_parallel=true needs tensor_parallel_size > 1; set it to false")
+        if self.ulysses_parallel_size > 1:
+            self._check_ulysses(model)
+        if model.num_experts:
+            self._check_experts()
+        elif self.expert_parallel_size > 1:
+            raise ConfigError(f"expert_parallel_size={self.expert_parallel_size} needs num_experts > 0; set it to 1")
+
+    def _check_axis(self, axis: Axis, size: int) -> None:
+        parts = self.tensor_parallel_size
+        if axis.sharding is Sharding.EVEN and size % parts:
+            raise ConfigError(
+                f"tensor_parallel_size={parts} does not divide {axis.key}={size}; "
+                f"nearest that do: {divisors_near(size, parts)}"
+            )
+        if axis.sharding is Sharding.BALANCED and size < parts:
+            raise ConfigError(f"tensor_parallel_size={parts} is larger than {axis.key}={size}")
+        if axis.sharding is Sharding.EXPERT and size and size % self.expert_parallel_size:
+            raise ConfigError(
+                f"expert_parallel_size={self.expert_parallel_size} does not divide {axis.key}={size}; "
+                f"nearest that do: {divisors_near(size, self.expert_parallel_size)}"
+            )
+
+    def _check_pipeline(self, model: ModelConfig) -> None:
+        layers = model.layers_of("encoder") + model.layers_of("decoder")
+        if self.pipeline_parallel_size > layers:
+            raise ConfigError(
+                f"pipeline_parallel_size={self.pipeline_parallel_size} is more than the model's {layers} layers "
+                f"(num_hidden_layers={model.num_hidden_layers}); use {layers} stages at most"
+            )
+
+    def _check_ulysses(self, model: ModelConfig) -> None:
+        parts = self.tensor_parallel_size * self.ulysses_parallel_size
+        if model.num_attention_heads % parts:
+            raise ConfigError(
+                f"ulysses_parallel_size={self.ulysses_parallel_size} × tensor_parallel_size={self.tensor_parallel_size}"
+                f" does not divide num_attention_heads={model.num_attention_heads}; nearest that do: "
+                f"{divisors_near(model.num_attention_heads // self.tensor_parallel_size, self.ulysses_parallel_size)}"
+            )
+        if self.sequence_parallel:
+            raise ConfigError(
+                f"sequence_parallel=true and ulysses_parallel_size={self.ulysses_parallel_size} both split the tokens; "
+                "set one of them to false or 1"
+            )
+
+    def _check_experts(self) -> None:
+        for key in ("tensor_parallel_size", "pipeline_parallel_size", "ulysses_parallel_size"):
+            if getattr(self, key) > 1:
                 raise ConfigError(
-                    f"tensor_parallel_size={parts} does not divide {axis.key}={size}; "
-                    f"nearest that do: {divisors_near(size, parts)}"
+                    f"{key}={getattr(self, key)} does not go together with num_experts: experts are shared by "
+                    f"expert_parallel_size; set {key}=1"
                 )
-            if axis.sharding is Sharding.BALANCED and size < parts:
-                raise ConfigError(f"tensor_parallel_size={parts} is larger than {axis.key}={size}")
 
 
 class TrainingConfig(Settings):
@@ -109,7 +127,11 @@ class TrainingConfig(Settings):
     """Start from this checkpoint (a grown one, say) instead of from random weights; a resumed run ignores it."""
     deepspeed_config: Path = Path("ds_configs/zero1.json")
     seed: NonNegativeInt = 1234
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    activation_checkpointing: bool = False
+    """Keep only the layers' inputs and compute the rest again in the backward pass."""
+    compile: bool = False
+    """Compile the norms, activations and rotations (``torch.compile``)."""
     train_steps: PositiveInt
     global_batch_size: PositiveInt
     micro_batch_size: PositiveInt

@@ -7,6 +7,7 @@ counter-based generator: any slice of the stream can be drawn alone.
 from __future__ import annotations
 
 import hashlib
+import math
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,4 +50,18 @@ def standard_normal(key: int, index: NDArray[np.integer]) -> NDArray[np.float64]
     radius = ((bits >> np.uint64(32)).astype(np.float64) + 0.5) * 2.0**-32
     angle = (bits & np.uint64(0xFFFFFFFF)).astype(np.float64) * (2.0 * np.pi * 2.0**-32)
     normal: NDArray[np.float64] = np.sqrt(-2.0 * np.log(radius)) * np.cos(angle)
+    return normal
+
+
+TRUNCATION = 1.1368472343385565
+"""What a normal distribution cut off at two standard deviations must be multiplied by to have variance one."""
+
+
+def truncated_normal(key: int, index: NDArray[np.integer]) -> NDArray[np.float64]:
+    """Return standard normal numbers conditioned on [-2, 2] (so of a variance below one), one for each counter."""
+    import torch  # here: the data pipeline needs no torch
+
+    tail = 0.5 * math.erfc(math.sqrt(2.0))
+    quantile = tail + (1.0 - 2.0 * tail) * uniform(key, index)
+    normal: NDArray[np.float64] = torch.special.ndtri(torch.from_numpy(quantile)).numpy()
     return normal

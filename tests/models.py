@@ -12,12 +12,15 @@ from torch import nn
 from data_pipeline.loader import InstanceDataset, PretrainingBatches
 from data_pipeline.shards import write_dataset
 from megacore.communicator import Alone
-from megacore.config import ModelConfig, RunConfig
-from megacore.models.bert import Bert
+from megacore.config import ParallelConfig, RunConfig
+from megacore.model_config import ModelConfig
+from megacore.models.batch import ModelBatch
+from megacore.models.transformer import Transformer
+from megacore.nn.kit import Kit
 from megacore.parallel.grid import ParallelGrid
 from megacore.params import Declare, initialise
 from megacore.settings import validated
-from megacore.training.batches import DeviceBatch
+from megacore.training.batches import model_batch
 
 MODEL: dict[str, Any] = {
     "vocab_size": 101,
@@ -34,8 +37,9 @@ def model_config(**changes: Any) -> ModelConfig:
     return ModelConfig(**{**MODEL, **changes})
 
 
-def whole_model(config: ModelConfig, seed: int = 1, dtype: torch.dtype = torch.float32) -> Bert:
-    model = Bert(config, Declare(config, dtype=dtype), ParallelGrid())
+def whole_model(config: ModelConfig, seed: int = 1, dtype: torch.dtype = torch.float32) -> Transformer:
+    """Build a model on this process alone; ``seed`` is of its weights and of its dropout."""
+    model = Transformer(Kit(config, Declare(config, dtype=dtype), ParallelGrid(), seed))
     initialise(model, config, seed)
     return model
 
@@ -93,7 +97,7 @@ def run_config(folder: Path, data: Path, **changes: Any) -> RunConfig:
     }
     model, parallel = dict(MODEL), {}
     for key, value in changes.items():
-        section = model if key in ModelConfig.model_fields else parallel if key.endswith("parallel_size") else training
+        section = model if key in ModelConfig.model_fields else parallel if key in ParallelConfig.model_fields else training
         section[key] = value
     data_section = {"train_data": str(data), "validation_data": str(data)}
     return validated(RunConfig, {"model": model, "parallel": parallel, "training": training, "data": data_section})
@@ -110,12 +114,12 @@ def reference_losses(config: RunConfig, steps: int) -> tuple[list[float], list[f
         groups, lr=training.learning_rate, betas=(training.adam_beta1, training.adam_beta2), eps=training.adam_eps
     )
     size = training.global_batch_size
-    batches = PretrainingBatches(InstanceDataset(config.data.train_data), training.seed, size, size)
+    data = InstanceDataset(config.data.train_data)
+    batches = PretrainingBatches(data, training.seed, size, size, objective=config.model.objective)
     losses, norms = [], []
     for step in range(steps):
         (batch,) = batches.step_batches(step * size)
-        on_device = DeviceBatch.of(batch, torch.device("cpu"))
-        loss = plain_loss(model, on_device, training.seed)
+        loss = plain_loss(model.train(), model_batch(batch, torch.device("cpu")))
         optimizer.zero_grad()
         loss.backward()
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clipping)))
@@ -124,10 +128,10 @@ def reference_losses(config: RunConfig, steps: int) -> tuple[list[float], list[f
     return losses, norms
 
 
-def plain_loss(model: Bert, batch: DeviceBatch, seed: int | None = None) -> torch.Tensor:
-    """Compute MLM + NSP with torch's own cross-entropy; ``seed`` turns dropout on."""
-    from megacore.parallel.dropout import DropoutKeys
-
-    logits = model(batch.inputs, None if seed is None else DropoutKeys(seed, batch.sample_index))
-    mlm = nn.functional.cross_entropy(logits.mlm, batch.masked_labels)
-    return mlm + nn.functional.cross_entropy(logits.nsp, batch.next_sentence_labels)
+def plain_loss(model: Transformer, batch: ModelBatch) -> torch.Tensor:
+    """Compute the mean losses with torch's own cross-entropy; dropout is on in training mode."""
+    outputs = model(batch)
+    loss = nn.functional.cross_entropy(outputs[0], batch.labels)
+    if batch.pair_labels is None:
+        return loss
+    return loss + nn.functional.cross_entropy(outputs[1], batch.pair_labels)

@@ -7,7 +7,8 @@ from torch import nn
 
 from megacore.checkpoint.manifest import WEIGHT
 from megacore.checkpoint.reader import CheckpointReader
-from megacore.models.bert import Bert
+from megacore.models.transformer import Transformer
+from megacore.nn.kit import Kit
 from megacore.parallel.grid import ParallelGrid
 from megacore.params import Declare, declared
 
@@ -19,9 +20,9 @@ def load_weights(model: nn.Module, reader: CheckpointReader) -> None:
             parameter.copy_(torch.from_numpy(reader.read(name, WEIGHT, parameter.region)))
 
 
-def load_model(reader: CheckpointReader, dtype: torch.dtype) -> Bert:
+def load_model(reader: CheckpointReader, dtype: torch.dtype) -> Transformer:
     """Return the whole model of a checkpoint on this process alone, for evaluation."""
     config = reader.manifest.model
-    model = Bert(config, Declare(config, dtype=dtype), ParallelGrid())
+    model = Transformer(Kit(config, Declare(config, dtype=dtype), ParallelGrid()))
     load_weights(model, reader)
     return model.eval()

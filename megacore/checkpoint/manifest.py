@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
 
-from megacore.config import ModelConfig
 from megacore.errors import CheckpointError, ConfigError
-from megacore.models.bert import declarations
+from megacore.model_config import ModelConfig
+from megacore.models.transformer import declarations
 from megacore.params import ParamSpec, Region
 from megacore.sealed import digest, seal, unseal
 from megacore.settings import validated

@@ -18,7 +18,7 @@ from megacore.communicator import Communicator, together
 from megacore.config import ParallelConfig
 from megacore.growth.apply import grow_box
 from megacore.growth.plan import GrowthPlan
-from megacore.params import Region, region_shape
+from megacore.params import Region, Shard, region_shape
 
 _BLOCK_ENTRIES = 1 << 21
 """Entries of a tensor that are computed at once: bounds the memory, 16 MiB in float64."""
@@ -110,7 +110,7 @@ def _pieces(
     for name, spec in plan.specs.items():
         if spec.sharded_dim is None and rank > 0:
             continue  # replicated parameters are stored once
-        region = spec.local_region(rank, parts)
+        region = spec.local_region(Shard(rank, parts))
         for state in states:
             dtype = output.dtype or reader.dtype(name, state)
             blocks = partial(_blocks, reader, plan, name, state, region)

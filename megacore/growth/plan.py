@@ -23,10 +23,10 @@ from functools import cached_property
 from typing import Any
 
 from megacore.axes import AXES, GROWABLE_KEYS, GrowthRule
-from megacore.config import ModelConfig
 from megacore.errors import ConfigError
 from megacore.growth.maps import AxisMap, even_map, uneven_map
-from megacore.models.bert import declarations
+from megacore.model_config import ModelConfig
+from megacore.models.transformer import declarations
 from megacore.params import Dim, ParamSpec, Role
 from megacore.settings import unknown_key, validated
 
@@ -68,7 +68,9 @@ class GrowthPlan:
         axis = AXES[dim.axis]
         old = self.source.axis_size(dim.axis)
         if axis.growth is GrowthRule.SPLIT and dim.size != old:
-            return uneven_map(old, dim.size, self.symmetry.share_scale, self.symmetry.seed, scope, dim.axis)
+            # Keys and values are made for the heads that read them: one map for both.
+            name = "heads" if dim.axis == "kv_heads" else dim.axis
+            return uneven_map(old, dim.size, self.symmetry.share_scale, self.symmetry.seed, scope, name)
         return even_map(old, dim.size)
 
     def learning_rate_multiplier(self, parameter: str) -> float:
@@ -116,7 +118,9 @@ def make_plan(source: ModelConfig, sizes: Mapping[str, Any], symmetry: Symmetry)
             raise unknown_key(key, GROWABLE_KEYS)
         if key not in GROWABLE_KEYS and sizes[key] != getattr(source, key):
             raise ConfigError(f"{key} cannot be changed by growing; what can: {', '.join(GROWABLE_KEYS)}")
+    _check_family(source)
     values = source.model_dump() | dict(sizes)
+    del values["head_dim"], values["num_key_value_heads"]  # follow from the others
     if "num_attention_heads" not in sizes and not values["hidden_size"] % source.head_dim:
         _check_head_dim(source, values["hidden_size"], source.num_attention_heads)
     target = validated(ModelConfig, values)
@@ -133,6 +137,16 @@ def make_plan(source: ModelConfig, sizes: Mapping[str, Any], symmetry: Symmetry)
             )
     _check_head_dim(source, target.hidden_size, target.num_attention_heads)
     return GrowthPlan(source, target, symmetry)
+
+
+def _check_family(source: ModelConfig) -> None:
+    """Refuse models for which the rules of this module are not the whole truth."""
+    bert = {"architecture": "encoder", "residual": "post_norm", "norm": "layer_norm", "position_embedding": "learned"}
+    wanted = bert | {"lm_transform": True, "num_experts": 0, "gated_mlp": False, "norm_affine": True}
+    wanted |= {"num_key_value_heads": source.num_attention_heads, "qk_norm": False, "initialization": "normal"}
+    for key, value in wanted.items():
+        if getattr(source, key) != value:
+            raise ConfigError(f"a model with {key}={getattr(source, key)} cannot be grown yet; BERT ({key}={value}) can")
 
 
 def _check_head_dim(source: ModelConfig, hidden_size: int, num_attention_heads: int) -> None:

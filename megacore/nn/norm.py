@@ -1,30 +1,94 @@
-"""Layer normalisation with declared gain and bias."""
+"""Norms with declared gain and bias, or without any."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megacore.params import Declare, Role
+from megacore.nn.compiled import maybe_compiled
+from megacore.nn.kit import Kit
+from megacore.parallel.collectives import copy_to_tensor_parallel, on_stream, sum_over_tensor_parallel
+from megacore.params import Role, write
 
 
-class LayerNorm(nn.Module):
-    """Layer normalisation over the last dim (Ba et al. 2016).
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x/sqrt(mean(x²) + eps), times the gain; computed in fp32 at least (Zhang and Sennrich 2019)."""
+    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    normal = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return normal if weight is None else normal * weight
+
+
+class Norm(nn.Module):
+    """Layer normalisation (Ba et al. 2016) or RMS normalisation over the stream's last dim.
 
     Args:
-        declare: makes the parameters.
+        kit: gives kind, eps and whether there are gains.
         axis: name of the normalised axis.
-        eps: added to the variance.
         role: ``READ`` where the output is contracted with another parameter that stays as it is when the axis
-            grows (the MLM head's norm, before the tied word table): the copies then share gain and bias.
+            grows (a norm before the tied word table): the copies then share gain and bias.
+        whole: every rank normalises all tokens (heads), instead of its part of the stream's.
     """
 
-    def __init__(self, declare: Declare, axis: str, eps: float, role: Role = Role.WRITE) -> None:
+    def __init__(self, kit: Kit, axis: str = "hidden", role: Role = Role.WRITE, whole: bool = False) -> None:
         super().__init__()
-        self.weight = declare((axis, role), initial="ones")
-        self.bias = declare((axis, role), initial="zeros")
-        self._eps = eps
+        config = kit.config
+        self._centred = config.norm == "layer_norm"
+        self.weight = kit.declare((axis, role), initial="ones") if config.norm_affine else None
+        self.bias = kit.declare((axis, role), initial="zeros") if config.norm_affine and self._centred else None
+        self._eps, self._grid, self._whole = config.norm_eps, kit.grid, whole
+        self._rms_norm = maybe_compiled(rms_norm, kit.compile)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., size] -> [..., size]."""
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self._eps)
+        weight, bias = self.weight, self.bias
+        if not self._whole:
+            weight = None if weight is None else on_stream(weight, self._grid)
+            bias = None if bias is None else on_stream(bias, self._grid)
+        if self._centred:
+            return F.layer_norm(x, x.shape[-1:], weight, bias, self._eps)
+        return self._rms_norm(x, weight, self._eps)
+
+
+class InnerNorm(nn.Module):
+    """The norm before an output projection (Sub-LN, Wang et al. 2022), over axes that tensor-parallel ranks share.
+
+    One all-reduce of two numbers per token forward, one backward.
+    """
+
+    def __init__(self, kit: Kit, *axes: str) -> None:
+        super().__init__()
+        config = kit.config
+        self._centred = config.norm == "layer_norm"
+        dims = tuple(write(axis) for axis in axes)
+        self.weight = kit.declare(*dims, initial="ones") if config.norm_affine else None
+        self.bias = kit.declare(*dims, initial="zeros") if config.norm_affine and self._centred else None
+        self._size = 1
+        for axis in axes:
+            self._size *= config.axis_size(axis)
+        self._eps, self._grid = config.norm_eps, kit.grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [tokens, size/tp] -> [tokens, size/tp]."""
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        if self._centred:
+            mean = sum_over_tensor_parallel(wide.sum(-1, keepdim=True), self._grid) / self._size
+            wide = wide - mean
+        square = sum_over_tensor_parallel(wide.pow(2).sum(-1, keepdim=True), self._grid) / self._size
+        normal = (wide * torch.rsqrt(square + self._eps)).to(x.dtype)
+        if self.weight is not None:
+            normal = normal * self.weight.reshape(-1)
+        return normal if self.bias is None else normal + self.bias.reshape(-1)
+
+
+class HeadNorm(nn.Module):
+    """RMS norm of each head of queries or keys, with one gain for all heads (Qwen3)."""
+
+    def __init__(self, kit: Kit) -> None:
+        super().__init__()
+        self.weight = kit.declare(write("head_dim"), initial="ones")
+        self._eps, self._grid = kit.config.norm_eps, kit.grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [tokens, heads/tp, head_dim] -> the same. One all-reduce of the gain's size backward."""
+        return rms_norm(x, copy_to_tensor_parallel(self.weight, self._grid), self._eps)

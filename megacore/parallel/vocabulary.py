@@ -8,25 +8,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megacore.parallel.collectives import reduce_from_tensor_parallel, tensor_parallel_max
+from megacore.parallel.collectives import (
+    leave_tensor_parallel,
+    reduce_from_tensor_parallel,
+    tensor_parallel_max,
+)
 from megacore.parallel.grid import ParallelGrid
 
 
 def embed_tokens(ids: Tensor, table: Tensor, first: int, grid: ParallelGrid) -> Tensor:
-    """Look up rows of a table whose rows are shared. ids: [...], table: [vocab/tp, hidden] -> [..., hidden].
+    """Look up rows of a table whose rows are shared. ids: [tokens], table: [vocab/tp, hidden] -> [.., hidden].
 
     Args:
         ids: token ids.
         table: this rank's rows.
         first: the id of the table's first row.
-        grid: one all-reduce of the output forward, none backward.
+        grid: one all-reduce of the output forward, none backward; with sequence parallelism a reduce-scatter forward,
+            an all-gather backward, and the result is this rank's part of the tokens.
     """
     if grid.tensor_parallel_size == 1:
         return F.embedding(ids, table)
     local = ids - first
     foreign = (local < 0) | (local >= table.shape[0])
     rows = F.embedding(local.masked_fill(foreign, 0), table)
-    return reduce_from_tensor_parallel(rows.masked_fill(foreign.unsqueeze(-1), 0), grid)
+    return leave_tensor_parallel(rows.masked_fill(foreign.unsqueeze(-1), 0), grid)
 
 
 class TokenLoss(NamedTuple):
@@ -43,6 +48,11 @@ def token_cross_entropy(logits: Tensor, targets: Tensor, first: int, grid: Paral
     gradient softmax - onehot needs this rank's logits only.
     """
     logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    if grid.tensor_parallel_size == 1:
+        with torch.no_grad():
+            target = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+            correct = target >= logits.max(dim=-1).values
+        return TokenLoss(F.cross_entropy(logits, targets, reduction="none"), correct)
     highest = tensor_parallel_max(logits.max(dim=-1).values, grid)
     shifted = logits - highest.unsqueeze(-1)
     log_sum = reduce_from_tensor_parallel(shifted.exp().sum(dim=-1), grid).log()

@@ -2,62 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from numpy.typing import NDArray
 
-from data_pipeline.loader import Batch, InstanceDataset
+from data_pipeline.loader import Batch, InstanceDataset, check_objective
 from megacore.communicator import Alone, Communicator
-from megacore.config import ModelConfig
 from megacore.errors import ConfigError
-from megacore.models.bert import BertInput
+from megacore.model_config import ModelConfig
+from megacore.models.batch import ModelBatch
 
 
-@dataclass(frozen=True)
-class DeviceBatch:
-    """A micro-batch of tensors: the model's input, its labels, and the samples' global numbers."""
+def model_batch(batch: Batch, device: torch.device, parts: int = 1) -> ModelBatch:
+    """Copy a batch of arrays to a device, filled so that ``parts`` ranks can share its tokens evenly."""
 
-    inputs: BertInput
-    masked_labels: torch.Tensor
-    next_sentence_labels: torch.Tensor
-    sample_index: torch.Tensor
+    def tensor(array: NDArray[object]) -> torch.Tensor:
+        return torch.as_tensor(array)
 
-    @property
-    def tokens(self) -> int:
-        """Number of tokens, without padding."""
-        return int(self.inputs.lengths.sum())
+    def optional(array: NDArray[object] | None) -> torch.Tensor | None:
+        return None if array is None else tensor(array)
 
-    @classmethod
-    def of(cls, batch: Batch, device: torch.device) -> DeviceBatch:
-        """Copy a batch of arrays to a device."""
-
-        def tensor(array: object) -> torch.Tensor:
-            return torch.as_tensor(array).to(device, non_blocking=True)
-
-        return cls(
-            inputs=BertInput(
-                input_ids=tensor(batch.input_ids),
-                token_type_ids=tensor(batch.token_type_ids),
-                lengths=tensor(batch.lengths),
-                masked_positions=tensor(batch.masked_positions),
-            ),
-            masked_labels=tensor(batch.masked_labels),
-            next_sentence_labels=tensor(batch.next_sentence_labels),
-            sample_index=tensor(batch.sample_index),
-        )
+    made = ModelBatch(
+        tokens=tensor(batch.tokens),
+        sequences=tensor(batch.sequences),
+        label_positions=tensor(batch.label_positions),
+        labels=tensor(batch.labels),
+        pair_labels=optional(batch.next_sentence_labels),
+        target_tokens=optional(batch.target_tokens),
+        target_sequences=optional(batch.target_sequences),
+    )
+    return made.filled(parts).to(device)
 
 
 def open_data(path: Path, model: ModelConfig, group: Communicator | None = None) -> InstanceDataset:
     """Open a data set, check that the model can take it, and its checksums, shared with the ranks of ``group``.
 
     Raises:
-        ConfigError: the vocabulary or the sequence length do not fit the model.
+        ConfigError: the vocabulary, the sequence length or the objective do not fit the model.
         DataError: the data set is missing or damaged.
     """
     group = group or Alone()
     data = InstanceDataset(path)
     data.verify(group.rank, group.size)
+    check_objective(data, model.objective)
     if data.vocab_size != model.vocab_size:
         raise ConfigError(f"vocab_size={model.vocab_size}, but {path} was tokenised with {data.vocab_size} pieces")
     if data.sequence_length > model.max_position_embeddings:

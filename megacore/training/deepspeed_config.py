@@ -6,20 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megacore.config import TrainingConfig
+from megacore.config import RunConfig, TrainingConfig
 from megacore.errors import ConfigError
 
 _REFUSED = {
     "scheduler": "the schedule is learning_rate, warmup_steps and decay_steps of the training configuration",
-    "fp16": "set dtype to fp32 or bf16 in the training configuration",
     "tensor_parallel": "set tensor_parallel_size in the parallel configuration",
-    "pipeline": "pipeline parallelism is not part of this version",
+    "pipeline": "set pipeline_parallel_size and pipeline_partition in the parallel configuration",
+    "activation_checkpointing": "set activation_checkpointing in the training configuration",
+    "sequence_parallel_size": "set ulysses_parallel_size in the parallel configuration",
     "checkpoint": "megacore writes its own checkpoints",
     "data_types": "gradients are accumulated in dtype",
 }
 
 
-def resolve_deepspeed_config(path: Path, training: TrainingConfig, data_parallel_size: int) -> dict[str, Any]:
+def resolve_deepspeed_config(run: RunConfig, data_parallel_size: int) -> dict[str, Any]:
     """Read a DeepSpeed JSON file and fill in every ``"auto"``.
 
     A value that megacore's configuration also has must be ``"auto"``, absent or equal to it.
@@ -28,6 +29,8 @@ def resolve_deepspeed_config(path: Path, training: TrainingConfig, data_parallel
         ConfigError: the file cannot be read, contradicts the configuration, leaves an ``"auto"`` that megacore
             cannot fill, or asks for what does not work; the message names the key.
     """
+    training, parallel = run.training, run.parallel
+    path = training.deepspeed_config
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -39,32 +42,56 @@ def resolve_deepspeed_config(path: Path, training: TrainingConfig, data_parallel
     for key, instead in _REFUSED.items():
         if key in config:
             raise ConfigError(f"{path}: remove '{key}'; {instead}")
-    for key in ("bf16", "zero_optimization", "optimizer"):
+    for key in ("bf16", "fp16", "zero_optimization", "optimizer"):
         if not isinstance(config.get(key, {}), dict):
             raise ConfigError(f"{path}: {key}={config[key]!r}: expected a JSON object")
-    _fill(path, config, "", _owned(training, data_parallel_size))
+    # Ulysses ranks are further replicas to DeepSpeed, which see the same samples.
+    replicas = data_parallel_size * parallel.ulysses_parallel_size
+    _fill(path, config, "", _owned(training, data_parallel_size, replicas))
     _check_optimizer(path, config, training)
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (1, 2):
-        why = {
-            0: "without ZeRO DeepSpeed clips and steps wrongly in some layouts; stage 1 costs nothing more",
-            3: "sharded weights are not part of this version",
-        }.get(stage, "there is no such stage")
-        raise ConfigError(f"{path}: zero_optimization.stage={stage}: {why}; use 1 or 2")
-    for key in ("offload_optimizer", "offload_param"):
-        if key in config["zero_optimization"]:
-            raise ConfigError(f"{path}: remove zero_optimization.{key}; offload is not part of this version")
+    _check_stage(path, config["zero_optimization"] if "zero_optimization" in config else {}, run)
     return config
 
 
-def _owned(training: TrainingConfig, data_parallel_size: int) -> dict[str, Any]:
+def _check_stage(path: Path, zero: dict[str, Any], run: RunConfig) -> None:
+    """Refuse what DeepSpeed computes wrongly, or not at all."""
+    stage, parallel = zero.get("stage", 0), run.parallel
+    if stage not in (1, 2, 3):
+        why = "without ZeRO DeepSpeed clips and steps wrongly in some layouts; stage 1 costs nothing more"
+        raise ConfigError(
+            f"{path}: zero_optimization.stage={stage}: {why if stage == 0 else 'there is no such stage'}; use 1, 2 or 3"
+        )
+    if parallel.pipeline_parallel_size > 1 and stage != 1:
+        raise ConfigError(
+            f"{path}: zero_optimization.stage={stage} does not go together with pipeline_parallel_size="
+            f"{parallel.pipeline_parallel_size}: use ds_configs/zero1.json, or pipeline_parallel_size=1"
+        )
+    if run.model.num_experts and stage == 3:
+        raise ConfigError(
+            f"{path}: zero_optimization.stage=3 does not go together with num_experts={run.model.num_experts}: "
+            "DeepSpeed's mixture of experts works with stages 1 and 2"
+        )
+    if "offload_param" in zero:
+        raise ConfigError(f"{path}: remove zero_optimization.offload_param; the optimizer can be offloaded, weights not")
+    device = zero.get("offload_optimizer", {}).get("device", "none")
+    if device not in ("none", "cpu"):
+        raise ConfigError(f"{path}: zero_optimization.offload_optimizer.device={device!r}: use cpu or none")
+    if parallel.pipeline_parallel_size > 1 and device == "cpu":
+        raise ConfigError(
+            f"{path}: zero_optimization.offload_optimizer does not go together with pipeline_parallel_size="
+            f"{parallel.pipeline_parallel_size}; remove one of them"
+        )
+
+
+def _owned(training: TrainingConfig, data_parallel_size: int, replicas: int) -> dict[str, Any]:
     """Return what megacore's configuration decides, in DeepSpeed's words."""
     return {
-        "train_batch_size": training.global_batch_size,
+        "train_batch_size": training.global_batch_size * replicas // data_parallel_size,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_accumulation_steps": training.gradient_accumulation_steps(data_parallel_size),
         "gradient_clipping": training.gradient_clipping,
         "bf16": {"enabled": training.dtype == "bf16"},
+        "fp16": {"enabled": training.dtype == "fp16"},
     }
 
 

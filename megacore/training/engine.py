@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import deepspeed
 import torch
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import nn
 
 from megacore.checkpoint.manifest import Annealing
 from megacore.config import RunConfig
-from megacore.errors import ConfigError
-from megacore.models.bert import Bert
-from megacore.parallel.dropout import DropoutKeys
-from megacore.parallel.grid import DeepSpeedGrid, ParallelGrid
-from megacore.params import Declare, Parameter, declared, initialise
-from megacore.training.batches import DeviceBatch
+from megacore.models.batch import ModelBatch
+from megacore.models.loss import LossSums
+from megacore.nn.kit import Kit
+from megacore.parallel.grid import ParallelGrid
+from megacore.params import Declare, Parameter, declared
 from megacore.training.metrics import Sums
+from megacore.training.runners import make_runner, owned_names
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Multipliers:
 
 
 class TrainingEngine:
-    """A model under DeepSpeed ZeRO.
+    """A model under DeepSpeed.
 
     Args:
         config: of the run.
@@ -52,37 +50,27 @@ class TrainingEngine:
         settings: dict[str, Any],
         multipliers: Multipliers | None = None,
     ) -> None:
-        self._training, self._grid = config.training, grid
-        declare = Declare(
-            config.model,
-            grid.tensor_parallel_rank,
-            grid.tensor_parallel_size,
-            device,
-            DTYPES[config.training.dtype],
-        )
-        self.model = Bert(config.model, declare, grid)
-        initialise(self.model, config.model, config.training.seed)
+        self._config, self._grid, self.device = config, grid, device
+        declare = Declare(config.model, grid.shard, device, DTYPES[config.training.dtype])
+        kit = Kit(config.model, declare, grid, config.training.seed, config.training.compile)
+        self.zero_stage: int = settings["zero_optimization"]["stage"]
+        self._runner = make_runner(config, kit, self.zero_stage)
+        self.model: nn.Module = self._runner.model
+        self.owned = owned_names(self.model, grid)
         self._annealing = multipliers.annealing if multipliers else Annealing()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # DeepSpeed's notes on torch's deprecations
-            self._engine, self.optimizer, _, _ = deepspeed.initialize(
-                model=self.model,
-                optimizer=torch.optim.AdamW(
-                    _parameter_groups(self.model, config, multipliers),
-                    lr=config.training.learning_rate,
-                    betas=(config.training.adam_beta1, config.training.adam_beta2),
-                ),
-                config=settings,
-                mpu=DeepSpeedGrid(grid),
-                dist_init_required=False,
-            )
-        if not isinstance(self.optimizer, DeepSpeedZeroOptimizer):  # checkpoints read ZeRO's own partitions
-            raise ConfigError(
-                f"{config.training.deepspeed_config} makes DeepSpeed use {type(self.optimizer).__name__}; "
-                "megacore works with ZeRO 1 and 2 (start from ds_configs/zero1.json)"
-            )
+        optimizer = torch.optim.AdamW(
+            _parameter_groups(self.model, config, multipliers),
+            lr=config.training.learning_rate,
+            betas=(config.training.adam_beta1, config.training.adam_beta2),
+        )
+        self._runner.start(optimizer, settings)
 
-    def step(self, batches: Sequence[DeviceBatch], step: int, learning_rate: float) -> tuple[Sums, float]:
+    @property
+    def optimizer(self) -> Any:
+        """DeepSpeed's optimizer, which wraps AdamW."""
+        return self._runner.engine.optimizer
+
+    def step(self, batches: Sequence[ModelBatch], step: int, learning_rate: float) -> tuple[Sums, float]:
         """Train on a replica's micro-batches of one global batch; return global sums and the gradient's norm.
 
         Args:
@@ -91,36 +79,33 @@ class TrainingEngine:
             learning_rate: before multipliers.
         """
         self._set_learning_rates(step, learning_rate)
-        # Each loss is a mean over the global batch: masked positions are counted before the first backward pass.
-        counts = Sums.counted(batches).reduced(self._grid)
+        # Each loss is a mean over the global batch: labels are counted before the first backward pass.
+        counts = self._counted(batches)
+        labels, samples, micro_batches = counts["labels"], counts["samples"], counts["micro_batches"]
         # DeepSpeed divides by the number of micro-batches and of replicas; these losses are already shares of a mean.
-        scale = len(batches) * self._grid.data_parallel_size
-        sums = Sums.zero(batches[0].masked_labels.device)
-        self._engine.train()
-        for batch in batches:
-            dropout = DropoutKeys(self._training.seed, batch.sample_index)
-            logits = self._engine(batch.inputs, dropout)
-            result = self.model.sums(logits, batch.masked_labels, batch.next_sentence_labels)
-            loss = result.mlm_loss / counts.masked + result.nsp_loss / counts.samples
-            self._engine.backward(loss * scale)
-            self._engine.step()
-            sums = sums.plus(result, batch)
-        return sums.reduced(self._grid), float(self._engine.get_global_grad_norm())
+        scale = len(batches) * self._grid.gradient_size
+        balance = self._config.model.router_aux_loss_coefficient / micro_batches
 
-    @torch.inference_mode()
-    def evaluate(self, batches: Sequence[DeviceBatch]) -> Sums:
+        def loss_of(result: LossSums) -> torch.Tensor:
+            loss = result.token_loss / labels + result.pair_loss / samples + balance * result.balance_loss
+            return scale * loss
+
+        sums = self._runner.train(batches, loss_of)
+        sums = sums.over_replicas(self._grid).over_stages(self._grid) + counts
+        return sums, float(self._runner.engine.get_global_grad_norm())
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[ModelBatch]) -> Sums:
         """Return the sums over all replicas' batches, without dropout."""
-        self._engine.eval()
-        sums = Sums.zero(self.device)
-        for batch in batches:
-            result = self.model.sums(self.model(batch.inputs), batch.masked_labels, batch.next_sentence_labels)
-            sums = sums.plus(result, batch)
-        return sums.reduced(self._grid)
+        sums = self._runner.evaluate(batches)
+        return sums.over_replicas(self._grid).over_stages(self._grid) + self._counted(batches)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return self.model.nsp_head.bias.device
+    def _counted(self, batches: Sequence[ModelBatch]) -> Sums:
+        """Count what all replicas have; Ulysses ranks share their batches, so one of them counts."""
+        own = Sums.counted(batches) if batches else Sums.zero(self.device)
+        if self._grid.ulysses_parallel_rank > 0:
+            own = Sums.zero(self.device)
+        return own.over_replicas(self._grid)
 
     def _set_learning_rates(self, step: int, learning_rate: float) -> None:
         exponent = self._annealing.exponent(step)
@@ -128,10 +113,12 @@ class TrainingEngine:
             multiplier = group["multiplier"] ** exponent
             group["lr"] = learning_rate * multiplier
             # Decoupled decay is lr × weight_decay: growth leaves it as it was.
-            group["weight_decay"] = self._training.weight_decay / multiplier if group["decays"] else 0.0
+            group["weight_decay"] = self._config.training.weight_decay / multiplier if group["decays"] else 0.0
 
 
-def _parameter_groups(model: Bert, config: RunConfig, multipliers: Multipliers | None) -> list[dict[str, Any]]:
+def _parameter_groups(
+    model: nn.Module, config: RunConfig, multipliers: Multipliers | None
+) -> list[dict[str, Any]]:
     """Group the parameters that share learning-rate multiplier, eps and decay."""
     groups: dict[tuple[float, float, bool], list[Parameter]] = {}
     for name, parameter in declared(model):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 
-from data_pipeline.loader import PretrainingBatches
+from data_pipeline.loader import Batch, PretrainingBatches
 from megacore.checkpoint.manifest import (
     FileRecord,
     Layout,
@@ -22,12 +22,13 @@ from megacore.checkpoint.writer import write_checkpoint
 from megacore.communicator import Communicator, TorchRanks, together
 from megacore.config import RunConfig
 from megacore.errors import CheckpointError, ConfigError, MegacoreError
-from megacore.models.bert import declarations
-from megacore.models.flops import bert_training_flops
-from megacore.parallel.collectives import data_parallel_sum
+from megacore.models.batch import ModelBatch
+from megacore.models.flops import Work, training_flops
+from megacore.models.transformer import declarations
+from megacore.parallel.collectives import replica_sum
 from megacore.parallel.grid import ParallelGrid
 from megacore.publish import os_errors, replace_file
-from megacore.training.batches import DeviceBatch, open_data
+from megacore.training.batches import model_batch, open_data
 from megacore.training.deepspeed_config import resolve_deepspeed_config
 from megacore.training.distributed import join_world, leave_world
 from megacore.training.engine import Multipliers, TrainingEngine
@@ -103,10 +104,9 @@ class TrainingStage:
                 micro_batch_size=self._training.micro_batch_size,
                 data_parallel_rank=grid.data_parallel_rank,
                 data_parallel_size=grid.data_parallel_size,
+                objective=config.model.objective,
             )
-            settings = resolve_deepspeed_config(
-                self._training.deepspeed_config, self._training, grid.data_parallel_size
-            )
+            settings = resolve_deepspeed_config(config, grid.data_parallel_size)
         self._agree_on_start()
         self._engine = TrainingEngine(config, grid, device, settings, self._start.multipliers)
         with together(group):
@@ -190,10 +190,10 @@ class TrainingStage:
     def _step(self, display: StepProgress) -> None:
         began = time.perf_counter()
         progress, training = self._progress, self._training
-        batches = [DeviceBatch.of(b, self._device) for b in self._batches.step_batches(progress.consumed_samples)]
+        batches = self._on_device(self._batches.step_batches(progress.consumed_samples))
         rate = learning_rate(training, progress.step - progress.stage_first_step)
         sums, gradient_norm = self._engine.step(batches, progress.step, rate)
-        means = sums.means()
+        means = sums.means(self._config.model.objective)
         _check_finite(means["loss"], gradient_norm, progress.step + 1)
         seconds = time.perf_counter() - began
         self._progress = progress.model_copy(
@@ -201,18 +201,18 @@ class TrainingStage:
                 "step": progress.step + 1,
                 "optimizer_step": progress.optimizer_step + 1,
                 "consumed_samples": progress.consumed_samples + training.global_batch_size,
-                "tokens": progress.tokens + sums.tokens,
+                "tokens": progress.tokens + int(sums["tokens"]),
                 "flops": progress.flops + self._flops(batches),
             }
         )
         step = self._progress.step
-        display.advance(means["loss"], sums.tokens / seconds)
+        display.advance(means["loss"], sums["tokens"] / seconds)
         if self._log is not None and (step % training.log_interval == 0 or step == progress.stage_first_step + 1):
             figures = {
                 **means,
                 "learning_rate": rate,
                 "gradient_norm": gradient_norm,
-                "tokens_per_second": sums.tokens / seconds,
+                "tokens_per_second": sums["tokens"] / seconds,
                 "tokens": self._progress.tokens,
                 "flops": self._progress.flops,
                 "seconds": seconds,
@@ -220,14 +220,18 @@ class TrainingStage:
             }
             self._log.write("train", step, figures)
 
-    def _flops(self, batches: list[DeviceBatch]) -> float:
+    def _on_device(self, batches: list[Batch]) -> list[ModelBatch]:
+        return [model_batch(batch, self._device, self._grid.stream_part[1]) for batch in batches]
+
+    def _flops(self, batches: list[ModelBatch]) -> float:
         """Count what all replicas computed in a step."""
         own = 0.0
         for batch in batches:
-            samples, seq = batch.inputs.input_ids.shape
-            own += bert_training_flops(self._config.model, samples, seq, len(batch.masked_labels))
+            lengths, samples = batch.sequences[0].tolist(), batch.num_samples
+            target = () if batch.target_sequences is None else batch.target_sequences[0, :samples].tolist()
+            own += training_flops(self._config.model, Work(lengths[:samples], len(batch.labels), target))
         total = torch.tensor([own], dtype=torch.float64, device=self._device)
-        return float(data_parallel_sum(total, self._grid))
+        return float(replica_sum(total, self._grid)) / self._grid.ulysses_parallel_size
 
     def _evaluate(self, display: StepProgress) -> None:
         if self._validation is None or not self._training.eval_interval:
@@ -239,9 +243,9 @@ class TrainingStage:
             micro_batch_size=self._training.micro_batch_size,
             data_parallel_rank=self._grid.data_parallel_rank,
             data_parallel_size=self._grid.data_parallel_size,
+            objective=self._config.model.objective,
         ).evaluation_batches(self._training.eval_samples)
-        sums = self._engine.evaluate([DeviceBatch.of(batch, self._device) for batch in batches])
-        means = sums.means()
+        means = self._engine.evaluate(self._on_device(batches)).means(self._config.model.objective)
         display.say(f"step {self._progress.step}: held-out loss {means['loss']:.4f}")
         if self._log is not None:
             figures = {**means, "tokens": self._progress.tokens, "flops": self._progress.flops}
@@ -250,7 +254,7 @@ class TrainingStage:
     def _save(self, display: StepProgress) -> None:
         path = checkpoint_path(self._training.output_dir, self._progress.step)
         files = [
-            (f"rank{self._group.rank:05d}.safetensors", pieces_to_write(self._engine, self._grid.tensor_parallel_rank))
+            (f"rank{self._group.rank:05d}.safetensors", pieces_to_write(self._engine, self._grid))
         ]
         write_checkpoint(path, self._group, files, self._manifest)
         if self._group.rank == 0:
@@ -267,7 +271,9 @@ class TrainingStage:
         return Manifest(
             model=self._config.model,
             layout=Layout(
-                tensor_parallel_size=self._grid.tensor_parallel_size, data_parallel_size=self._grid.data_parallel_size
+                tensor_parallel_size=self._grid.tensor_parallel_size,
+                pipeline_parallel_size=self._grid.pipeline_parallel_size,
+                data_parallel_size=self._grid.data_parallel_size,
             ),
             progress=self._progress,
             annealing=kept.annealing,

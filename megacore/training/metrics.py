@@ -14,74 +14,74 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from megacore.errors import MegacoreError
-from megacore.models.bert import BertSums
-from megacore.parallel.collectives import data_parallel_sum
+from megacore.model_config import Objective, token_head
+from megacore.models.batch import ModelBatch
+from megacore.models.loss import LossSums
+from megacore.parallel.collectives import pipeline_sum, replica_sum
 from megacore.parallel.grid import ParallelGrid
 from megacore.publish import os_errors
-from megacore.training.batches import DeviceBatch
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums of a global batch; a vector [7] float64: two losses, two hit counts, masked, samples, tokens."""
+    """Sums of a global batch; a float64 vector in the order of `_ORDER`."""
 
     values: torch.Tensor
 
     @classmethod
     def zero(cls, device: torch.device) -> Sums:
         """Return the empty sum."""
-        return cls(torch.zeros(7, dtype=torch.float64, device=device))
+        return cls(torch.zeros(len(_ORDER), dtype=torch.float64, device=device))
 
     @classmethod
-    def counted(cls, batches: Sequence[DeviceBatch]) -> Sums:
+    def counted(cls, batches: Sequence[ModelBatch]) -> Sums:
         """Return the counts of a replica's micro-batches, with losses and hits at zero."""
-        sums = cls.zero(batches[0].masked_labels.device)
+        sums = cls.zero(batches[0].labels.device)
         for batch in batches:
-            sums.values[4:] += _counts(batch)
+            counts = (len(batch.labels), batch.num_samples, batch.num_tokens, 1)
+            sums.values[len(LossSums._fields) :] += torch.tensor(counts, device=sums.values.device)
         return sums
 
-    def plus(self, result: BertSums, batch: DeviceBatch) -> Sums:
-        """Add a micro-batch."""
-        parts = (result.mlm_loss, result.nsp_loss, result.mlm_correct, result.nsp_correct)
-        measured = torch.stack([part.detach().double() for part in parts])
-        return Sums(self.values + torch.cat([measured, _counts(batch)]))
+    @classmethod
+    def measured(cls, result: LossSums) -> Sums:
+        """Return the losses and hits of a micro-batch, with counts at zero."""
+        sums = cls.zero(result.token_loss.device)
+        sums.values[: len(result)] = torch.stack([part.detach().double() for part in result])
+        return sums
 
-    def reduced(self, grid: ParallelGrid) -> Sums:
-        """Sum over the replicas."""
-        return Sums(data_parallel_sum(self.values, grid))
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(self.values + other.values)
 
-    @property
-    def masked(self) -> float:
-        """Number of masked positions."""
-        return float(self.values[4])
+    def over_replicas(self, grid: ParallelGrid) -> Sums:
+        """Sum over the replicas, and over the parts of the tokens that Ulysses ranks measured."""
+        return Sums(replica_sum(self.values, grid))
 
-    @property
-    def samples(self) -> float:
-        """Number of samples."""
-        return float(self.values[5])
+    def over_stages(self, grid: ParallelGrid) -> Sums:
+        """Sum over the pipeline's stages, of which the last one alone measures."""
+        return Sums(pipeline_sum(self.values, grid))
 
-    @property
-    def tokens(self) -> int:
-        """Number of tokens, without padding."""
-        return int(self.values[6])
+    def __getitem__(self, name: str) -> float:
+        return float(self.values[_ORDER.index(name)])
 
-    def means(self) -> dict[str, float]:
+    def means(self, objective: Objective) -> dict[str, float]:
         """Return losses and accuracies, under the names they are logged by."""
-        mlm_loss, nsp_loss, mlm_correct, nsp_correct, masked, samples, _ = self.values.tolist()
-        masked, samples = max(masked, 1.0), max(samples, 1.0)
-        return {
-            "loss": mlm_loss / masked + nsp_loss / samples,
-            "mlm_loss": mlm_loss / masked,
-            "nsp_loss": nsp_loss / samples,
-            "mlm_accuracy": mlm_correct / masked,
-            "nsp_accuracy": nsp_correct / samples,
+        labels, samples = max(self["labels"], 1.0), max(self["samples"], 1.0)
+        kind = token_head(objective)
+        figures = {
+            "loss": self["token_loss"] / labels,
+            f"{kind}_loss": self["token_loss"] / labels,
+            f"{kind}_accuracy": self["token_correct"] / labels,
         }
+        if objective == "mlm_nsp":
+            figures["nsp_loss"] = self["pair_loss"] / samples
+            figures["nsp_accuracy"] = self["pair_correct"] / samples
+            figures["loss"] += figures["nsp_loss"]
+        if self["balance_loss"]:
+            figures["balance_loss"] = self["balance_loss"] / self["micro_batches"]
+        return figures
 
 
-def _counts(batch: DeviceBatch) -> torch.Tensor:
-    labels = batch.masked_labels
-    counts = (len(labels), len(batch.next_sentence_labels), batch.tokens)
-    return torch.tensor(counts, dtype=torch.float64, device=labels.device)
+_ORDER = (*LossSums._fields, "labels", "samples", "tokens", "micro_batches")
 
 
 def memory_gb(device: torch.device) -> float:

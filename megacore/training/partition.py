@@ -2,14 +2,15 @@
 
 ZeRO 1 and 2 lay the parameters of a group end to end and give each replica an equal part of the whole; so a
 replica owns, of each parameter, a run of its entries in row-major order (or nothing). DeepSpeed links each parameter
-to its run (``_hp_mapping``): an fp32 master copy and the optimizer's moments.
+to its run (``_hp_mapping``): an fp32 master copy and the optimizer's moments. ZeRO 3 gives each replica an equal run of
+every parameter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,44 +19,43 @@ from numpy.typing import NDArray
 from megacore.checkpoint.manifest import MOMENTS, WEIGHT
 from megacore.checkpoint.reader import CheckpointReader
 from megacore.checkpoint.writer import PieceToWrite
-from megacore.params import Parameter, declared
+from megacore.parallel.grid import ParallelGrid
+from megacore.params import Parameter, declared, region_shape
 from megacore.training.engine import TrainingEngine
 
 
-def pieces_to_write(engine: TrainingEngine, tensor_parallel_rank: int) -> list[PieceToWrite]:
+class Run(NamedTuple):
+    """The entries [start, stop) of a parameter's local tensor that this process's optimizer owns."""
+
+    start: int
+    stop: int
+    values: dict[str, torch.Tensor]
+    """By state: views of the fp32 master and of Adam's moments, [stop - start]."""
+
+
+def pieces_to_write(engine: TrainingEngine, grid: ParallelGrid) -> list[PieceToWrite]:
     """List what this rank must save: its runs of the fp32 weights and of Adam's moments.
 
-    Parameters that tensor-parallel ranks replicate are saved by the first of them.
+    Parameters that tensor-parallel ranks replicate are saved by the first of them, tied ones by the first stage.
     """
     pieces = []
     for name, parameter in declared(engine.model):
-        mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
-        if mapping is None or (parameter.spec.sharded_dim is None and tensor_parallel_rank > 0):
+        if name not in engine.owned or (parameter.spec.sharded_dim is None and grid.tensor_parallel_rank > 0):
             continue
-        start, size = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
-        whole = size == parameter.numel()
+        run = _run(engine, parameter)
+        if run is None:
+            continue
+        shape = region_shape(parameter.region)
+        whole = (run.start, run.stop) == (0, int(np.prod(shape)))
         for state in (WEIGHT, *MOMENTS):
-            values = _run(engine, mapping, state)
-            if whole:
-                values = values.view(parameter.shape)
-            run = None if whole else (start, start + size)
-            pieces.append(PieceToWrite(state, name, parameter.region, run, "float32", partial(_blocks, values)))
+            values = run.values[state].view(shape) if whole else run.values[state]
+            part = None if whole else (run.start, run.stop)
+            pieces.append(PieceToWrite(state, name, parameter.region, part, "float32", partial(_blocks, values)))
     return pieces
 
 
 def _blocks(values: torch.Tensor) -> Iterator[NDArray[np.float32]]:
     yield values.detach().cpu().numpy()
-
-
-def _run(engine: TrainingEngine, mapping: Any, state: str) -> torch.Tensor:
-    """Return the view of this rank's run of a parameter's weight or moment."""
-    if state == WEIGHT:
-        weight: torch.Tensor = mapping.hp_fragment
-        return weight
-    flat = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
-    address = mapping.hp_fragment_address
-    moment: torch.Tensor = engine.optimizer.optimizer.state[flat][state].narrow(0, address.start, address.numel)
-    return moment
 
 
 def load_state(engine: TrainingEngine, reader: CheckpointReader) -> None:
@@ -65,19 +65,40 @@ def load_state(engine: TrainingEngine, reader: CheckpointReader) -> None:
         _make_moments(engine, reader.manifest.progress.optimizer_step)
     with torch.no_grad():
         for name, parameter in declared(engine.model):
-            mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+            run = _run(engine, parameter)
             for state in states:
                 values = torch.from_numpy(reader.read(name, state, parameter.region))
                 if state == WEIGHT:
-                    parameter.copy_(values)
-                if mapping is not None:
-                    _run(engine, mapping, state).copy_(_part(values, parameter, mapping))
+                    _set_weight(engine, parameter, values)
+                if run is not None:
+                    run.values[state].copy_(values.flatten()[run.start : run.stop])
 
 
-def _part(values: torch.Tensor, parameter: Parameter, mapping: Any) -> torch.Tensor:
-    assert values.shape == parameter.shape
-    address = mapping.lp_fragment_address
-    return values.flatten().narrow(0, address.start, address.numel)
+def _run(engine: TrainingEngine, parameter: Parameter) -> Run | None:
+    return _run_of_every(engine, parameter) if engine.zero_stage == 3 else _run_of_group(engine, parameter)
+
+
+def _run_of_group(engine: TrainingEngine, parameter: Parameter) -> Run | None:
+    """Find the run under ZeRO 1 and 2."""
+    mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+    if mapping is None:
+        return None
+    flat = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+    address, start = mapping.hp_fragment_address, mapping.lp_fragment_address.start
+    moments = engine.optimizer.optimizer.state.get(flat, {})
+    values = {state: moments[state].narrow(0, address.start, address.numel) for state in MOMENTS if state in moments}
+    return Run(start, start + address.numel, values | {WEIGHT: mapping.hp_fragment})
+
+
+def _run_of_every(engine: TrainingEngine, parameter: Parameter) -> Run | None:
+    """Find the run under ZeRO 3."""
+    raise NotImplementedError
+
+
+def _set_weight(engine: TrainingEngine, parameter: Parameter, values: torch.Tensor) -> None:
+    """Set the weight that the model computes with."""
+    if engine.zero_stage < 3:
+        parameter.copy_(values)
 
 
 def _make_moments(engine: TrainingEngine, step: int) -> None:

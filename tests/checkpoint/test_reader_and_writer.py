@@ -21,7 +21,8 @@ from megacore.checkpoint.writer import PieceToWrite, write_checkpoint
 from megacore.communicator import Alone
 from megacore.errors import CheckpointError
 from megacore.growth.verify import check_integrity
-from megacore.models.bert import declarations
+from megacore.models.transformer import declarations
+from megacore.params import Shard
 from tests.models import model_config
 
 CONFIG = model_config()
@@ -42,7 +43,7 @@ def files_of(parts: int, replicas: int) -> list[tuple[str, list[PieceToWrite]]]:
             for name, spec in SPECS.items():
                 if spec.sharded_dim is None and rank:
                     continue
-                region = spec.local_region(rank, parts)
+                region = spec.local_region(Shard(rank, parts))
                 local = values(name)[tuple(slice(*bounds) for bounds in region)]
                 start, stop = local.size * replica // replicas, local.size * (replica + 1) // replicas
                 if start == stop:
@@ -188,9 +189,9 @@ def test_an_inconsistent_manifest_is_refused(tmp_path: Path, edit: Callable[[dic
 
 def test_a_missing_piece_is_found(tmp_path: Path) -> None:
     path = write(tmp_path / "c")
-    edited(path, lambda body: body["files"]["rank0-0.safetensors"]["pieces"].pop("mlm_head.bias/weight"))
+    edited(path, lambda body: body["files"]["rank0-0.safetensors"]["pieces"].pop("lm_head.bias/weight"))
     reader = CheckpointReader(path)
-    with pytest.raises(CheckpointError, match=r"0 of 101 entries of mlm_head\.bias/weight"):
+    with pytest.raises(CheckpointError, match=r"0 of 101 entries of lm_head\.bias/weight"):
         reader.check_coverage()
 
 
@@ -199,13 +200,13 @@ def test_runs_that_overlap_are_found(tmp_path: Path) -> None:
     path = write(tmp_path / "c", replicas=2)
 
     def overlap(body: dict[str, Any]) -> None:
-        first, second = (body["files"][f"rank0-{n}.safetensors"]["pieces"]["mlm_head.norm.bias/weight"] for n in (0, 1))
+        first, second = (body["files"][f"rank0-{n}.safetensors"]["pieces"]["lm_head.norm.bias/weight"] for n in (0, 1))
         second["run"] = first["run"]
 
     edited(path, overlap)
     reader = CheckpointReader(path)
-    for use in (reader.check_coverage, lambda: reader.read("mlm_head.norm.bias", "weight")):
-        with pytest.raises(CheckpointError, match=r"mlm_head\.norm\.bias are missing or overlap"):
+    for use in (reader.check_coverage, lambda: reader.read("lm_head.norm.bias", "weight")):
+        with pytest.raises(CheckpointError, match=r"lm_head\.norm\.bias are missing or overlap"):
             use()
 
 
@@ -231,13 +232,13 @@ def test_values_that_are_not_finite_are_found(tmp_path: Path, monkeypatch: pytes
 
     def with_nan(name: str) -> np.ndarray[Any, Any]:
         array = original(name)
-        if name == "mlm_head.bias":
+        if name == "lm_head.bias":
             array[7] = np.nan
         return array
 
     monkeypatch.setattr("tests.checkpoint.test_reader_and_writer.values", with_nan)
     path = write(tmp_path / "c")
-    with pytest.raises(CheckpointError, match=r"mlm_head\.bias/weight.*not finite"):
+    with pytest.raises(CheckpointError, match=r"lm_head\.bias/weight.*not finite"):
         check_integrity(CheckpointReader(path))
 
 
@@ -264,9 +265,9 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
         yield np.zeros((3, 24), np.float32)
         raise OSError(28, "No space left on device")
 
-    spec = SPECS["mlm_head.transform_weight"]
-    region = spec.local_region(0, 1)
-    piece = PieceToWrite("weight", "mlm_head.transform_weight", region, None, "float32", failing)
+    spec = SPECS["lm_head.transform_weight"]
+    region = spec.local_region(Shard())
+    piece = PieceToWrite("weight", "lm_head.transform_weight", region, None, "float32", failing)
     with pytest.raises(CheckpointError, match="No space left on device"):
         write_checkpoint(tmp_path / "c", Alone(), [("f.safetensors", [piece])], lambda files: None)  # type: ignore[arg-type,return-value]
     assert list(tmp_path.iterdir()) == []

@@ -6,6 +6,12 @@ import json
 import random
 from pathlib import Path
 
+from data_pipeline.build import SPLITS, build_sentences, build_tokenizer
+from data_pipeline.config import DataBuildConfig
+from data_pipeline.instances import build_instances
+from megacore.communicator import Alone
+from megacore.settings import load
+
 _SYLLABLES = ["ba", "ke", "lo", "mi", "nu", "sa", "te", "vo", "ri", "da", "fu", "go", "ha", "ji", "po"]
 
 
@@ -39,3 +45,16 @@ def write_config(folder: Path, corpus: Path, **changes: object) -> Path:
     path = folder / "data.yaml"
     path.write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML
     return path
+
+
+TEXTS = [*documents(150, seed=4), "Solo.", "x", "One sentence alone in its document"]
+
+
+def build_all(folder: Path, **changes: object) -> DataBuildConfig:
+    """Go all the way from `TEXTS` to instances, in this process."""
+    config = load(DataBuildConfig, write_config(folder, write_jsonl(folder / "corpus.jsonl", TEXTS), **changes))
+    build_tokenizer(config)
+    build_sentences(config, Alone())
+    for split in SPLITS:
+        build_instances(config, split, Alone())
+    return config

@@ -1,20 +1,15 @@
-"""Masks, the order of samples and batches: exact counts, pure functions, nothing depends on the ranks."""
+"""Masks and the order of samples: exact counts, pure functions of their keys."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.loader import InstanceDataset, PretrainingBatches
 from data_pipeline.masking import mask_tokens
 from data_pipeline.sampler import permute, sample_order
 from data_pipeline.tokenizer import CLS, MASK, PAD, SEP
 from megacore.random import random_bits
-from tests.models import write_instances
 
 VOCAB = 300
 
@@ -105,62 +100,3 @@ def test_epochs_differ_and_the_order_looks_random() -> None:
     for a, b in ((order[0], order[1]), (order[0], np.arange(1000)), (order[0][1:], order[0][:-1])):
         assert abs(np.corrcoef(a, b)[0, 1]) < 0.12
         assert (a == b).sum() < 8
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> InstanceDataset:
-    return InstanceDataset(write_instances(tmp_path_factory.mktemp("i") / "instances"))
-
-
-@pytest.mark.parametrize(("replicas", "micro"), [(1, 4), (2, 4), (2, 2), (4, 2), (1, 8)])
-def test_replicas_and_micro_batches_share_one_global_order(dataset: InstanceDataset, replicas: int, micro: int) -> None:
-    rows = []
-    for rank in range(replicas):
-        for batch in PretrainingBatches(dataset, 9, 8, micro, rank, replicas).step_batches(16):
-            assert batch.input_ids.shape[0] == micro and batch.input_ids.shape[1] % 8 == 0
-            for row, length, index in zip(batch.input_ids, batch.lengths, batch.sample_index, strict=True):
-                assert (row[length:] == PAD).all()
-                rows.append((int(index), row[:length].tolist()))
-    expected = [dataset[int(number)].input_ids.tolist() for number in sample_order(np.arange(16, 24), 96, 9)]
-    assert rows == list(zip(range(16, 24), expected, strict=True))
-
-
-def test_batches_point_at_the_masked_tokens_and_segments(dataset: InstanceDataset) -> None:
-    (batch,) = PretrainingBatches(dataset, 9, 8, 8).step_batches(0)
-    assert (batch.input_ids.ravel()[batch.masked_positions] == MASK).all()
-    assert len(batch.masked_labels) == 16
-    for row, types, length in zip(batch.input_ids, batch.token_type_ids, batch.lengths, strict=True):
-        second = np.flatnonzero(row[:length] == SEP)[0] + 1
-        assert np.array_equal(types, (np.arange(len(row)) >= second) & (np.arange(len(row)) < length))
-
-
-def test_evaluation_takes_every_sample_once(dataset: InstanceDataset) -> None:
-    for replicas in (1, 2, 3):
-        taken = [
-            int(index)
-            for rank in range(replicas)
-            for batch in PretrainingBatches(dataset, 9, 4 * replicas, 4, rank, replicas).evaluation_batches(50)
-            for index in batch.sample_index
-        ]
-        assert sorted(taken) == list(range(50))
-
-
-def test_a_damaged_instance_file_is_named(tmp_path: Path) -> None:
-    from data_pipeline.shards import read_dataset
-    from megacore.errors import DataError
-
-    path = write_instances(tmp_path / "i")
-    file = path / "all.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-3] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(DataError, match=r"all\.safetensors was altered"):
-        read_dataset(path, "instances").verify()
-    file.write_bytes(content[:-1])
-    with pytest.raises(DataError, match=r"all\.safetensors has .* instead of"):
-        InstanceDataset(path)
-    file.unlink()
-    with pytest.raises(DataError, match=r"all\.safetensors is missing"):
-        InstanceDataset(path)
-    with pytest.raises(DataError, match="no data set"):
-        InstanceDataset(tmp_path / "nothing")

@@ -124,10 +124,10 @@ def test_labels_restore_the_sequence(built: Any) -> None:
     assert len(dataset) == len(expected) > 50
     for number, (sequence, middle, label) in enumerate(expected):
         instance = dataset[number]
-        restored = instance.input_ids.astype(np.int64)
-        restored[instance.masked_positions] = instance.masked_labels
+        restored = instance["input_ids"].astype(np.int64)
+        restored[instance["masked_positions"]] = instance["masked_labels"]
         assert restored.tolist() == sequence
-        assert (instance.segment_b_start, instance.next_sentence_label) == (middle, label)
+        assert (instance["segment_b_start"], instance["next_sentence_label"]) == (middle, label)
 
 
 def test_a_second_run_finds_its_work_done_and_another_config_is_refused(built: Any) -> None:
@@ -196,4 +196,4 @@ def test_one_document_is_not_enough_for_pairs(tmp_path: Path) -> None:
     assert call(megacore_command("data", "tokenizer", config)).returncode == 0
     assert call(megacore_command("data", "build", config, "validation_fraction=0")).returncode == 0
     result = call(mpi_command(2, "data", "instances", config, "validation_fraction=0"))
-    assert_one_error(result, "1 documents", "two")
+    assert_one_error(result, "1 documents", "objective=mlm_nsp needs 2")

@@ -16,15 +16,16 @@ from megacore.checkpoint.manifest import Layout, Manifest, Progress, parameter_r
 from megacore.checkpoint.reader import CheckpointReader
 from megacore.checkpoint.writer import PieceToWrite, write_checkpoint
 from megacore.communicator import Alone, TorchRanks
-from megacore.config import ModelConfig, ParallelConfig
+from megacore.config import ParallelConfig
 from megacore.errors import ConfigError
 from megacore.growth.execute import GrowthOutput, grow_checkpoint
 from megacore.growth.maps import even_map, uneven_map
 from megacore.growth.plan import Symmetry, make_plan
 from megacore.growth.verify import random_batch
-from megacore.models.bert import Bert
-from megacore.params import declared
-from tests.models import model_config
+from megacore.model_config import ModelConfig
+from megacore.models.transformer import Transformer
+from megacore.params import Shard, declared
+from tests.models import model_config, plain_loss
 from tests.ranks import run_ranks
 
 DOUBLE = {"hidden_size": 48, "num_attention_heads": 8, "intermediate_size": 80}
@@ -34,14 +35,11 @@ EVEN = Symmetry(noise_scale=0.0, share_scale=0.0)
 TRAINED_STEPS = 12
 
 
-def text_loss(model: Bert, seed: int) -> torch.Tensor:
-    batch = random_batch(model_config(), samples=8, seed=seed)
-    logits = model(batch.inputs)
-    mlm = torch.nn.functional.cross_entropy(logits.mlm, batch.masked_labels)
-    return mlm + torch.nn.functional.cross_entropy(logits.nsp, batch.next_sentence_labels)
+def text_loss(model: Transformer, seed: int) -> torch.Tensor:
+    return plain_loss(model.eval(), random_batch(model_config(), samples=8, seed=seed))
 
 
-def adam(model: Bert, multipliers: dict[str, tuple[float, float]] | None = None) -> torch.optim.AdamW:
+def adam(model: Transformer, multipliers: dict[str, tuple[float, float]] | None = None) -> torch.optim.AdamW:
     """AdamW with a group per parameter, by the rules of growth: lr × a, eps × b, decay lr × wd as it was."""
     groups = []
     for name, parameter in declared(model):
@@ -51,13 +49,13 @@ def adam(model: Bert, multipliers: dict[str, tuple[float, float]] | None = None)
     return torch.optim.AdamW(groups, betas=(0.9, 0.99))
 
 
-def step(model: Bert, optimizer: torch.optim.AdamW, seed: int) -> None:
+def step(model: Transformer, optimizer: torch.optim.AdamW, seed: int) -> None:
     optimizer.zero_grad()
     text_loss(model, seed).backward()
     optimizer.step()
 
 
-def save(model: Bert, optimizer: torch.optim.AdamW, config: ModelConfig, path: Path, parts: int) -> None:
+def save(model: Transformer, optimizer: torch.optim.AdamW, config: ModelConfig, path: Path, parts: int) -> None:
     """Write a checkpoint as ``parts`` tensor-parallel ranks would, in float64."""
     files = []
     for rank in range(parts):
@@ -65,7 +63,7 @@ def save(model: Bert, optimizer: torch.optim.AdamW, config: ModelConfig, path: P
         for name, parameter in declared(model):
             if parameter.spec.sharded_dim is None and rank:
                 continue
-            region = parameter.spec.local_region(rank, parts)
+            region = parameter.spec.local_region(Shard(rank, parts))
             box = tuple(slice(start, stop) for start, stop in region)
             state = optimizer.state[parameter]
             for key, values in (("weight", parameter.detach()), *((k, state[k]) for k in ("exp_avg", "exp_avg_sq"))):
@@ -90,7 +88,7 @@ def save(model: Bert, optimizer: torch.optim.AdamW, config: ModelConfig, path: P
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bert, torch.optim.AdamW]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Transformer, torch.optim.AdamW]:
     """Train a small model for some steps in float64 and save it at tensor parallel size 2."""
     from tests.models import whole_model
 
@@ -117,11 +115,10 @@ def grow(source: Path, target: Path, sizes: dict[str, Any], parts: int = 1, **op
     return CheckpointReader(target)
 
 
-def relative_errors(small: Bert, large: Bert, dtype: torch.dtype) -> tuple[float, float]:
+def relative_errors(small: Transformer, large: Transformer, dtype: torch.dtype) -> tuple[float, float]:
     batch = random_batch(model_config(), seed=99)
     with torch.inference_mode():
-        first, second = small.to(dtype)(batch.inputs), large.to(dtype)(batch.inputs)
-    pairs = ((first.mlm, second.mlm), (first.nsp, second.nsp))
+        pairs = zip(small.to(dtype)(batch), large.to(dtype)(batch), strict=True)
     mlm, nsp = (float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
     return mlm, nsp
 
@@ -137,7 +134,7 @@ def test_the_grown_model_computes_the_same(
     source, model, _ = trained
     stored = str(dtype).removeprefix("torch.")
     large = load_model(grow(source, tmp_path / "large", sizes, parts, dtype=stored), dtype)
-    assert {name: getattr(large.layers[0].mlp, name).dtype for name in ("up_weight",)} == {"up_weight": dtype}
+    assert {parameter.dtype for _, parameter in declared(large)} == {dtype}
     assert max(relative_errors(copy.deepcopy(model), large, dtype)) <= tolerance
 
 
@@ -149,7 +146,7 @@ def test_growing_twice_computes_the_same(trained: Any, tmp_path: Path) -> None:
     assert max(relative_errors(copy.deepcopy(model), large, torch.float64)) <= 1e-12
 
 
-def adam_of(reader: CheckpointReader) -> tuple[Bert, torch.optim.AdamW]:
+def adam_of(reader: CheckpointReader) -> tuple[Transformer, torch.optim.AdamW]:
     """Make the model of a checkpoint and go on with its optimizer state."""
     model = load_model(reader, torch.float64)
     records = reader.manifest.parameters
@@ -200,9 +197,10 @@ def test_the_copies_separate_within_a_few_adam_steps(trained: Any, tmp_path: Pat
         large, optimizer = adam_of(grow(source, tmp_path / name, DOUBLE, symmetry=symmetry))
         for number in range(steps):
             step(large, optimizer, 30 + number)
-        layer = large.layers[0]
-        stream = large.embeddings.word.detach()  # its columns are the coordinates of the stream
-        matrices = {"up": layer.mlp.up_weight.detach(), "down": layer.mlp.down_weight.detach(), "stream": stream}
+        named = {name: parameter.detach() for name, parameter in declared(large)}
+        stream = named["embeddings.word"]  # its columns are the coordinates of the stream
+        up, down = named["layers.0.mlp.up_weight"], named["layers.0.mlp.down_weight"]
+        matrices = {"up": up, "down": down, "stream": stream}
         return {key: int(np.linalg.matrix_rank(value.numpy(), tol=1e-6)) for key, value in matrices.items()}
 
     locked = {"up": 24, "down": 24, "stream": 24}
@@ -252,7 +250,7 @@ def test_multipliers_anneal_and_compound(trained: Any, tmp_path: Path) -> None:
     assert once.parameters["layers.0.mlp.up_weight"].learning_rate_multiplier == 0.5
     assert once.parameters["layers.0.mlp.up_weight"].adam_eps_multiplier == 0.5
     assert once.parameters["embeddings.word"].learning_rate_multiplier == 1.0
-    assert once.parameters["mlm_head.norm.weight"].learning_rate_multiplier == 0.5
+    assert once.parameters["lm_head.norm.weight"].learning_rate_multiplier == 0.5
     annealing = once.annealing
     now = TRAINED_STEPS
     exponents = [annealing.exponent(now + elapsed) for elapsed in (0, 10, 15, 20, 30, 99)]

@@ -1,0 +1,214 @@
+"""The configuration of a model: the function that is trained. A checkpoint carries it.
+
+One Transformer serves all families; a family is a set of values of these keys. ``preset: NAME`` takes the values of
+``megacore/presets/NAME.yaml``, and the other keys given change them.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from typing_extensions import Self
+
+from megacore.axes import AXES
+from megacore.settings import Settings, parse_yaml
+
+Architecture = Literal["encoder", "decoder", "encoder_decoder"]
+Objective = Literal["mlm_nsp", "mlm", "causal_lm", "prefix_lm", "span_corruption"]
+Stack = Literal["encoder", "decoder"]
+
+OBJECTIVES: dict[Architecture, tuple[Objective, ...]] = {
+    "encoder": ("mlm_nsp", "mlm"),
+    "decoder": ("causal_lm", "prefix_lm"),
+    "encoder_decoder": ("span_corruption",),
+}
+"""What each architecture can be trained on; the first is its default."""
+
+
+def divisors_near(number: int, value: int, most: int = 4) -> str:
+    """Name the divisors of ``number`` nearest to ``value``, for error messages."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    nearest = sorted(divisors, key=lambda d: (abs(d - value), d))[:most]
+    return ", ".join(str(d) for d in sorted(nearest))
+
+
+def token_head(objective: Objective) -> str:
+    """Return the name by which an objective's token figures are known."""
+    return "mlm" if objective.startswith("mlm") else "lm"
+
+
+class ModelConfig(Settings):
+    """The function that is trained; the defaults are BERT's."""
+
+    preset: str | None = Field(None, exclude=True)
+    architecture: Architecture = "encoder"
+    objective: Objective = "mlm_nsp"
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_decoder_layers: NonNegativeInt = 0
+    """Of an encoder-decoder; 0 means as many as ``num_hidden_layers``."""
+    num_attention_heads: PositiveInt
+    num_key_value_heads: NonNegativeInt = 0
+    """Grouped-query attention; 0 means as many as ``num_attention_heads``."""
+    head_dim: NonNegativeInt = 0
+    """0 means ``hidden_size / num_attention_heads``."""
+    intermediate_size: PositiveInt
+    position_embedding: Literal["learned", "rotary", "rotary_interleaved", "relative", "none"] = "learned"
+    """``rotary`` turns the pairs (i, i + head_dim/2) as LLaMA does, ``rotary_interleaved`` (2i, 2i + 1) as RoFormer."""
+    max_position_embeddings: PositiveInt = 512
+    rope_theta: PositiveFloat = 10000.0
+    relative_attention_num_buckets: PositiveInt = 32
+    relative_attention_max_distance: PositiveInt = 128
+    type_vocab_size: NonNegativeInt = 2
+    """Segments; 0 for none."""
+    norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    norm_eps: PositiveFloat = 1e-12
+    norm_affine: bool = True
+    """Gains (and the biases of ``layer_norm``)."""
+    residual: Literal["post_norm", "pre_norm", "deep_norm", "sub_norm", "rezero"] = "post_norm"
+    embedding_norm: bool = True
+    activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = "gelu"
+    gated_mlp: bool = False
+    """Two input matrices, one activated: silu gives SwiGLU, gelu_tanh T5 v1.1's gated GELU."""
+    attention_bias: bool = True
+    """Biases of queries, keys and values."""
+    linear_bias: bool = True
+    """Biases of the attention's output and of the feed-forward network."""
+    qk_norm: bool = False
+    """RMS norm of each query and key head (Qwen3)."""
+    attention_scale: NonNegativeFloat = 0.0
+    """Factor of the attention scores; 0 means ``head_dim**-0.5`` (T5 uses 1)."""
+    tie_word_embeddings: bool = True
+    lm_transform: bool = True
+    """Dense, activation and norm before the output table, as in BERT's MLM head."""
+    lm_bias: bool = True
+    """A bias per token in the output."""
+    logit_multiplier: PositiveFloat = 1.0
+    num_experts: NonNegativeInt = 0
+    """Of each feed-forward network; 0 for a dense one."""
+    num_experts_per_token: PositiveInt = 2
+    router_aux_loss_coefficient: NonNegativeFloat = 0.01
+    hidden_dropout: float = Field(0.1, ge=0, lt=1)
+    attention_dropout: float = Field(0.1, ge=0, lt=1)
+    initialization: Literal["normal", "depth_scaled", "xavier", "roformer_v2"] = "normal"
+    """``depth_scaled`` divides the matrices that write the stream by sqrt(2 × layers) (GPT-2); ``xavier`` is DeepNorm's;
+    ``roformer_v2`` a truncated normal of variance 1/(fan-in × layers)."""
+    initializer_range: PositiveFloat = 0.02
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled(cls, values: Any) -> Any:
+        """Take the preset, then write out what a value of 0, or none, stands for."""
+        if not isinstance(values, dict):
+            return values
+        values = {**_preset(values.get("preset")), **values, "preset": None}
+        architecture = values.get("architecture", "encoder")
+        if architecture in OBJECTIVES:
+            values.setdefault("objective", OBJECTIVES[architecture][0])
+        heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
+        if isinstance(heads, int) and heads > 0:
+            values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
+            if isinstance(hidden, int) and not values.get("head_dim") and hidden % heads == 0:
+                values["head_dim"] = hidden // heads
+        if architecture == "encoder_decoder":
+            values["num_decoder_layers"] = values.get("num_decoder_layers") or values.get("num_hidden_layers")
+        return values
+
+    @property
+    def key_value(self) -> int:
+        """Keys and values are one parameter with a leading axis of two."""
+        return 2
+
+    @property
+    def gate_up(self) -> int:
+        """So are the two input matrices of a gated feed-forward network."""
+        return 2
+
+    @property
+    def nsp_classes(self) -> int:
+        """Index 0: the second segment follows the first; index 1: it is from another document."""
+        return 2
+
+    @property
+    def scalar(self) -> int:
+        """The axis of a parameter that is one number."""
+        return 1
+
+    @property
+    def score_scale(self) -> float:
+        """The factor of the attention scores."""
+        return self.attention_scale or float(self.head_dim**-0.5)
+
+    @property
+    def norms_inputs(self) -> bool:
+        """Whether sublayers normalise what they read, so that the stream needs a final norm."""
+        return self.residual in ("pre_norm", "sub_norm")
+
+    def layers_of(self, stack: Stack) -> int:
+        """Return the number of layers of a stack."""
+        decoder = self.num_decoder_layers if self.architecture == "encoder_decoder" else self.num_hidden_layers
+        counts: dict[tuple[str, Stack], int] = {
+            ("encoder", "encoder"): self.num_hidden_layers,
+            ("encoder_decoder", "encoder"): self.num_hidden_layers,
+            ("encoder_decoder", "decoder"): decoder,
+            ("decoder", "decoder"): decoder,
+        }
+        return counts.get((self.architecture, stack), 0)
+
+    def axis_size(self, name: str) -> int:
+        """Return the size of the axis called ``name``."""
+        size: int = getattr(self, AXES[name].key)
+        return size
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        heads = self.num_attention_heads
+        if not self.head_dim:
+            raise ValueError(
+                f"num_attention_heads={heads} does not divide hidden_size={self.hidden_size}; nearest that do: "
+                f"{divisors_near(self.hidden_size, heads)} (or give head_dim)"
+            )
+        if heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads={self.num_key_value_heads} does not divide num_attention_heads={heads}; "
+                f"nearest that do: {divisors_near(heads, self.num_key_value_heads)}"
+            )
+        if self.objective not in OBJECTIVES[self.architecture]:
+            raise ValueError(
+                f"objective={self.objective} does not fit architecture={self.architecture}, "
+                f"which can be trained on: {', '.join(OBJECTIVES[self.architecture])}"
+            )
+        if self.position_embedding.startswith("rotary") and self.head_dim % 2:
+            raise ValueError(
+                f"position_embedding={self.position_embedding} turns pairs of numbers, but head_dim={self.head_dim} is odd"
+            )
+        if self.num_experts and self.num_experts_per_token > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_token={self.num_experts_per_token} is more than num_experts={self.num_experts}"
+            )
+        if self.num_experts and (self.architecture == "encoder_decoder" or self.position_embedding == "relative"):
+            raise ValueError(
+                f"num_experts={self.num_experts} works for encoders and decoders without relative biases; "
+                "set num_experts=0"
+            )
+        if self.num_decoder_layers and self.architecture != "encoder_decoder":
+            raise ValueError(f"num_decoder_layers={self.num_decoder_layers} needs architecture=encoder_decoder")
+        return self
+
+
+def presets() -> list[str]:
+    """Name the presets."""
+    folder = files("megacore") / "presets"
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def _preset(name: Any) -> dict[str, Any]:
+    if name is None:
+        return {}
+    if name not in presets():
+        raise ValueError(f"preset={name}: there is none of this name; there are: {', '.join(presets())}")
+    values: dict[str, Any] = parse_yaml((files("megacore") / "presets" / f"{name}.yaml").read_text(encoding="utf-8"))
+    return values
