@@ -14,7 +14,7 @@ from megacore.config import RunConfig
 from megacore.models.batch import ModelBatch
 from megacore.models.loss import LossSums
 from megacore.nn.kit import Kit
-from megacore.parallel.grid import ParallelGrid
+from megacore.parallel.grid import DeepSpeedGrid, ParallelGrid
 from megacore.params import Declare, Parameter, declared
 from megacore.training.metrics import Sums
 from megacore.training.runners import make_runner, owned_names
@@ -54,7 +54,7 @@ class TrainingEngine:
         declare = Declare(config.model, grid.shard, device, DTYPES[config.training.dtype])
         kit = Kit(config.model, declare, grid, config.training.seed, config.training.compile)
         self.zero_stage: int = settings["zero_optimization"]["stage"]
-        self._runner = make_runner(config, kit, self.zero_stage)
+        self._runner = make_runner(config, kit)
         self.model: nn.Module = self._runner.model
         self.owned = owned_names(self.model, grid)
         self._annealing = multipliers.annealing if multipliers else Annealing()
@@ -64,6 +64,11 @@ class TrainingEngine:
             betas=(config.training.adam_beta1, config.training.adam_beta2),
         )
         self._runner.start(optimizer, settings)
+
+    @property
+    def gradient_rank(self) -> int:
+        """Rank among the processes that share this one's optimizer state."""
+        return DeepSpeedGrid(self._grid).get_data_parallel_rank()
 
     @property
     def optimizer(self) -> Any:

@@ -8,6 +8,7 @@ every parameter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -46,7 +47,7 @@ def pieces_to_write(engine: TrainingEngine, grid: ParallelGrid) -> list[PieceToW
         if run is None:
             continue
         shape = region_shape(parameter.region)
-        whole = (run.start, run.stop) == (0, int(np.prod(shape)))
+        whole = (run.start, run.stop) == (0, math.prod(shape))
         for state in (WEIGHT, *MOMENTS):
             values = run.values[state].view(shape) if whole else run.values[state]
             part = None if whole else (run.start, run.stop)
@@ -91,21 +92,44 @@ def _run_of_group(engine: TrainingEngine, parameter: Parameter) -> Run | None:
 
 
 def _run_of_every(engine: TrainingEngine, parameter: Parameter) -> Run | None:
-    """Find the run under ZeRO 3."""
-    raise NotImplementedError
+    """Find the run under ZeRO 3: replica r has the r-th of equal parts, the last of which may be cut short."""
+    size, part = math.prod(region_shape(parameter.region)), parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+    start = min(size, part * engine.gradient_rank)
+    stop = min(size, start + part)
+    if start == stop:
+        return None
+
+    def state(key: str | None) -> torch.Tensor:
+        view: torch.Tensor = engine.optimizer._get_fp32_opt_state_partition(parameter, False, key)[0]
+        return view.narrow(0, 0, stop - start)
+
+    has_moments = bool(engine.optimizer.optimizer.state)
+    return Run(start, stop, {WEIGHT: state(None), **{key: state(key) for key in MOMENTS if has_moments}})
 
 
 def _set_weight(engine: TrainingEngine, parameter: Parameter, values: torch.Tensor) -> None:
     """Set the weight that the model computes with."""
     if engine.zero_stage < 3:
         parameter.copy_(values)
+        return
+    part: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+    start = part.numel() * engine.gradient_rank
+    own = values.flatten()[start : start + part.numel()]
+    part[: len(own)].copy_(own)
+    if parameter.numel() == values.numel():  # small parameters stay gathered
+        parameter.copy_(values)
 
 
 def _make_moments(engine: TrainingEngine, step: int) -> None:
     """Create Adam's state, which torch would create at the first step."""
-    optimizer = engine.optimizer.optimizer
-    for flat in engine.optimizer.single_partition_of_fp32_groups:
-        optimizer.state[flat] = {
+    optimizer = engine.optimizer
+    masters = (
+        optimizer.fp32_partitioned_groups_flat
+        if engine.zero_stage == 3
+        else optimizer.single_partition_of_fp32_groups
+    )
+    for flat in masters:
+        optimizer.optimizer.state[flat] = {
             "step": torch.tensor(float(step)),
             **{moment: torch.zeros_like(flat) for moment in MOMENTS},
         }

@@ -41,17 +41,17 @@ class Runner(Protocol):
         """Return what this process measures without training."""
 
 
-def make_runner(config: RunConfig, kit: Kit, zero_stage: int) -> Runner:
+def make_runner(config: RunConfig, kit: Kit) -> Runner:
     """Return the runner for a layout, its model set to the initial weights."""
     if config.parallel.pipeline_parallel_size > 1:
         return PipelineRunner(config, kit)
-    return WholeRunner(config, kit, zero_stage)
+    return WholeRunner(config, kit)
 
 
 class WholeRunner:
     """All layers in this process; any ZeRO stage."""
 
-    def __init__(self, config: RunConfig, kit: Kit, zero_stage: int) -> None:
+    def __init__(self, config: RunConfig, kit: Kit) -> None:
         self._grid, self._loss = kit.grid, Loss(config.model, kit.grid)
         self.model: nn.Module = Transformer(kit, config.training.activation_checkpointing)
         initialise(self.model, config.model, config.training.seed)
