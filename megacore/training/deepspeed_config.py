@@ -49,7 +49,8 @@ def resolve_deepspeed_config(run: RunConfig, data_parallel_size: int) -> dict[st
     replicas = data_parallel_size * parallel.ulysses_parallel_size
     _fill(path, config, "", _owned(training, data_parallel_size, replicas))
     _check_optimizer(path, config, training)
-    _check_stage(path, config["zero_optimization"] if "zero_optimization" in config else {}, run)
+    _check_stage(path, config.get("zero_optimization", {}), run)
+    config["zero_force_ds_cpu_optimizer"] = False  # offloaded or not, AdamW is torch's own
     return config
 
 
