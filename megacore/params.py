@@ -220,6 +220,10 @@ def index(axis: str) -> tuple[str, Role]:
     return axis, Role.INDEX
 
 
+PLACEHOLDER = "placeholder_"
+"""Begins the name of a number that only fills a place in the optimizer: no parameter of the model."""
+
+
 def name_parameters(module: nn.Module, prefix: str) -> None:
     """Give a layer's parameters their global names; one that another layer has named already keeps its name."""
     for name, parameter in module.named_parameters():
@@ -231,6 +235,8 @@ def name_parameters(module: nn.Module, prefix: str) -> None:
 def declared(model: nn.Module) -> Iterator[tuple[str, Parameter]]:
     """Yield a model's parameters by global name, in the order of declaration, each once."""
     for name, parameter in model.named_parameters():
+        if name.startswith(PLACEHOLDER):
+            continue
         if not isinstance(parameter, Parameter):
             raise TypeError(f"{name} is a bare nn.Parameter: declare it with its axes")
         yield parameter.global_name, parameter

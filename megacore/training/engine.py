@@ -15,9 +15,9 @@ from megacore.models.batch import ModelBatch
 from megacore.models.loss import LossSums
 from megacore.nn.kit import Kit
 from megacore.parallel.grid import DeepSpeedGrid, ParallelGrid
-from megacore.params import Declare, Parameter, declared
+from megacore.params import PLACEHOLDER, Declare, declared
 from megacore.training.metrics import Sums
-from megacore.training.runners import make_runner, owned_names
+from megacore.training.runners import make_runner, owned_names, stage_gather
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -59,7 +59,7 @@ class TrainingEngine:
         self.owned = owned_names(self.model, grid)
         self._annealing = multipliers.annealing if multipliers else Annealing()
         optimizer = torch.optim.AdamW(
-            _parameter_groups(self.model, config, multipliers),
+            _parameter_groups(self.model, config, multipliers, grid),
             lr=config.training.learning_rate,
             betas=(config.training.adam_beta1, config.training.adam_beta2),
         )
@@ -122,15 +122,30 @@ class TrainingEngine:
 
 
 def _parameter_groups(
-    model: nn.Module, config: RunConfig, multipliers: Multipliers | None
+    model: nn.Module, config: RunConfig, multipliers: Multipliers | None, grid: ParallelGrid
 ) -> list[dict[str, Any]]:
-    """Group the parameters that share learning-rate multiplier, eps and decay."""
-    groups: dict[tuple[float, float, bool], list[Parameter]] = {}
+    """Group the parameters that share learning-rate multiplier, eps and decay.
+
+    Every pipeline stage has the same groups in the same order: DeepSpeed reduces the gradient's norm group by group,
+    over all stages. A stage without parameters of a kind has one number of its own there, which nothing reads.
+    """
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in declared(model):
         rate = multipliers.learning_rate[name] if multipliers else 1.0
         eps = multipliers.adam_eps[name] if multipliers else 1.0
         groups.setdefault((rate, eps, parameter.spec.is_matrix), []).append(parameter)
+    kinds = sorted({kind for kinds in stage_gather(list(groups), grid) for kind in kinds})
+    like = next(model.parameters()).detach().flatten()[:1]
+    for number, kind in enumerate(kinds):
+        if kind not in groups:
+            groups[kind] = [nn.Parameter(torch.zeros_like(like))]
+            model.register_parameter(f"{PLACEHOLDER}{number}", groups[kind][0])  # type: ignore[arg-type]
     return [
-        {"params": members, "multiplier": rate, "eps": config.training.adam_eps * eps, "decays": decays}
-        for (rate, eps, decays), members in groups.items()
+        {
+            "params": groups[rate, eps, decays],
+            "multiplier": rate,
+            "eps": config.training.adam_eps * eps,
+            "decays": decays,
+        }
+        for rate, eps, decays in kinds
     ]

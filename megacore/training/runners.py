@@ -100,6 +100,10 @@ class PipelineRunner:
         """Put the stage under DeepSpeed."""
         pipeline = {"pipe_partitioned": False, "grad_partitioned": False}
         self.engine = _deepspeed(self.model, optimizer, settings | {"pipeline": pipeline}, mpu=None)
+        # DeepSpeed reuses a buffer by its place in the tuple whatever its dtype: activations and gradients differ there.
+        self.engine._allocate_or_extend_buffers = lambda place, shape, dtype: torch.empty(
+            shape, dtype=dtype, device=self.engine.device
+        )
 
     def train(self, batches: Sequence[ModelBatch], loss_of: LossOf) -> Sums:
         """Make one optimizer step out of all micro-batches; return what this process measured."""
@@ -136,12 +140,17 @@ def _deepspeed(
     return engine
 
 
+def stage_gather(item: Any, grid: ParallelGrid) -> list[Any]:
+    """Return what every pipeline stage has, in their order."""
+    if grid.pipeline_parallel_size == 1:
+        return [item]
+    everywhere: list[Any] = [None] * grid.pipeline_parallel_size
+    torch.distributed.all_gather_object(everywhere, item, group=grid.pipeline_parallel_group)
+    return everywhere
+
+
 def owned_names(model: nn.Module, grid: ParallelGrid) -> set[str]:
     """Return the parameters that this stage answers for: of a tied one's copies, the first stage's."""
     own = [name for name, _ in declared(model)]
-    if grid.pipeline_parallel_size == 1:
-        return set(own)
-    everywhere: list[Any] = [None] * grid.pipeline_parallel_size
-    torch.distributed.all_gather_object(everywhere, own, group=grid.pipeline_parallel_group)
-    earlier = {name for names in everywhere[: grid.pipeline_parallel_rank] for name in names}
-    return set(own) - earlier
+    everywhere = stage_gather(own, grid)
+    return set(own) - {name for names in everywhere[: grid.pipeline_parallel_rank] for name in names}
