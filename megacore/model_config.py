@@ -94,8 +94,8 @@ class ModelConfig(Settings):
     hidden_dropout: float = Field(0.1, ge=0, lt=1)
     attention_dropout: float = Field(0.1, ge=0, lt=1)
     initialization: Literal["normal", "depth_scaled", "xavier", "roformer_v2"] = "normal"
-    """``depth_scaled`` divides the matrices that write the stream by sqrt(2 × layers) (GPT-2); ``xavier`` is DeepNorm's;
-    ``roformer_v2`` a truncated normal of variance 1/(fan-in × layers)."""
+    """``depth_scaled`` divides the matrices that write the stream by sqrt(2 × layers) (GPT-2); ``xavier`` is for
+    DeepNorm; ``roformer_v2`` a truncated normal of variance 1/(fan-in × layers)."""
     initializer_range: PositiveFloat = 0.02
 
     @model_validator(mode="before")
@@ -183,16 +183,11 @@ class ModelConfig(Settings):
             )
         if self.position_embedding.startswith("rotary") and self.head_dim % 2:
             raise ValueError(
-                f"position_embedding={self.position_embedding} turns pairs of numbers, but head_dim={self.head_dim} is odd"
+                f"position_embedding={self.position_embedding} turns pairs, but head_dim={self.head_dim} is odd"
             )
-        if self.num_experts and self.num_experts_per_token > self.num_experts:
+        if self.num_experts:
             raise ValueError(
-                f"num_experts_per_token={self.num_experts_per_token} is more than num_experts={self.num_experts}"
-            )
-        if self.num_experts and (self.architecture == "encoder_decoder" or self.position_embedding == "relative"):
-            raise ValueError(
-                f"num_experts={self.num_experts} works for encoders and decoders without relative biases; "
-                "set num_experts=0"
+                f"num_experts={self.num_experts}: mixtures of experts are not part of this version; set num_experts=0"
             )
         if self.num_decoder_layers and self.architecture != "encoder_decoder":
             raise ValueError(f"num_decoder_layers={self.num_decoder_layers} needs architecture=encoder_decoder")

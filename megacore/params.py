@@ -114,7 +114,7 @@ class ParamSpec:
         }
         if config.initialization == "roformer_v2":
             fan = config.hidden_size if table else fans[Role.READ]
-            return TRUNCATION * (fan * config.num_hidden_layers) ** -0.5
+            return TRUNCATION / math.sqrt(fan * config.num_hidden_layers)
         if config.initialization == "xavier" and not table:
             return math.sqrt(2.0 / (fans[Role.READ] + fans[Role.WRITE]))
         return config.initializer_range
@@ -186,7 +186,7 @@ class Declare:
     def __init__(
         self,
         config: ModelConfig,
-        shard: Shard = Shard(),  # noqa: B008 - immutable
+        shard: Shard = Shard(),
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:

@@ -97,7 +97,9 @@ def run_config(folder: Path, data: Path, **changes: Any) -> RunConfig:
     }
     model, parallel = dict(MODEL), {}
     for key, value in changes.items():
-        section = model if key in ModelConfig.model_fields else parallel if key in ParallelConfig.model_fields else training
+        section = (
+            model if key in ModelConfig.model_fields else parallel if key in ParallelConfig.model_fields else training
+        )
         section[key] = value
     data_section = {"train_data": str(data), "validation_data": str(data)}
     return validated(RunConfig, {"model": model, "parallel": parallel, "training": training, "data": data_section})

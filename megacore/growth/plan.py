@@ -146,7 +146,9 @@ def _check_family(source: ModelConfig) -> None:
     wanted |= {"num_key_value_heads": source.num_attention_heads, "qk_norm": False, "initialization": "normal"}
     for key, value in wanted.items():
         if getattr(source, key) != value:
-            raise ConfigError(f"a model with {key}={getattr(source, key)} cannot be grown yet; BERT ({key}={value}) can")
+            raise ConfigError(
+                f"a model with {key}={getattr(source, key)} cannot be grown yet; BERT ({key}={value}) can"
+            )
 
 
 def _check_head_dim(source: ModelConfig, hidden_size: int, num_attention_heads: int) -> None:

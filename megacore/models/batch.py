@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ class ModelBatch:
 
     def to(self, device: torch.device) -> ModelBatch:
         """Return the batch on a device."""
-        moved = {
+        moved: dict[str, Any] = {
             name: None if value is None else value.to(device, non_blocking=True) for name, value in vars(self).items()
         }
         return ModelBatch(**moved)

@@ -43,7 +43,7 @@ class Loss:
     def label_values(self, batch: ModelBatch) -> tuple[Tensor, ...]:
         """Return what `sums` needs of a `ModelBatch`: labels, their positions and the stream's length, then pairs'."""
         read = batch.tokens if batch.target_tokens is None else batch.target_tokens
-        values = (batch.labels, batch.label_positions, torch.tensor([read.shape[1]]))
+        values: tuple[Tensor, ...] = (batch.labels, batch.label_positions, torch.tensor([read.shape[1]]))
         if "pair_logits" in self._names and batch.pair_labels is not None:
             values += (batch.pair_labels, batch.pair_positions)
         return values

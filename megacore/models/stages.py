@@ -50,15 +50,15 @@ def pipeline_module(
         num_pp=grid.pipeline_parallel_size, num_mp=grid.tensor_parallel_size, num_dp=grid.gradient_size
     )
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its arguments
-        return PipelineModule(
-            specs, topology=topology, loss_fn=loss, partition_method=partition, dynamic_shape=True
-        )
+        return PipelineModule(specs, topology=topology, loss_fn=loss, partition_method=partition, dynamic_shape=True)
 
 
 def _use_words(carry: Carry, owner: Step, values: tuple[Tensor, ...] | Tensor) -> tuple[Tensor, ...]:
     """Embed with the table, or make logits with it."""
     if carry.layer.words == "writes":
-        return carry(lambda x, bias=None: F.linear(x, owner.layer.word, bias), values)
+        table = owner.layer.word
+        assert isinstance(table, Tensor)
+        return carry(lambda x, bias=None: F.linear(x, table, bias), values)
     return carry(owner.layer, values)
 
 

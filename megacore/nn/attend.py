@@ -60,7 +60,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, queries: Packed, keys: Pac
         q, k, v = (x.view(count, -1, *x.shape[1:]) for x in (query, key, value))
         return _attend_alike(q, k, v, queries.samples, queries.prefixes, scores).flatten(0, 1)
     outputs = []
-    rows = zip(query.split(queries.lengths), key.split(keys.lengths), value.split(keys.lengths), strict=True)
+    rows = zip(
+        *(torch.split(x, list(w.lengths)) for x, w in ((query, queries), (key, keys), (value, keys))), strict=True
+    )
     for number, (q, k, v) in enumerate(rows):
         sample, prefix = queries.samples[number : number + 1], queries.prefixes[number : number + 1]
         outputs.append(_attend_alike(q[None], k[None], v[None], sample, prefix, scores)[0])
@@ -83,7 +85,7 @@ def _variable_length_kernel(
     """Call FlashAttention's kernel for packed sequences."""
     from torch.nn.attention.varlen import varlen_attn
 
-    output: Tensor = varlen_attn(
+    output = varlen_attn(
         query,
         key,
         value,
@@ -95,6 +97,7 @@ def _variable_length_kernel(
         window_size=(-1, 0) if scores.pattern == "causal" else (-1, -1),
         enable_gqa=query.shape[1] != key.shape[1],
     )
+    assert isinstance(output, torch.Tensor)  # it returns more only if asked
     return output
 
 
@@ -107,7 +110,7 @@ def _attend_alike(
     allowed: Tensor | None = None
     if scores.pattern != "bidirectional":
         allowed = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    if scores.pattern == "prefix":
+    if allowed is not None and scores.pattern == "prefix":
         in_prefix = torch.arange(length, device=device) < torch.tensor(prefixes, device=device).unsqueeze(1)
         allowed = allowed | in_prefix[:, None, None, :]
     bias = None if scores.bias is None else scores.bias(length)

@@ -38,9 +38,7 @@ class Attention(nn.Module):
         config, declare = kit.config, kit.declare
         self.query_weight = declare(write("heads"), write("head_dim"), read("hidden"), initial="normal")
         kv = write("key_value"), write("kv_heads"), write("head_dim")
-        self.key_value_weight = declare(
-            *kv, read("hidden"), initial="normal", gain=(1.0, branch_gain(config, stack))
-        )
+        self.key_value_weight = declare(*kv, read("hidden"), initial="normal", gain=(1.0, branch_gain(config, stack)))
         self.output_weight = declare(
             write("hidden"), read("heads"), read("head_dim"), initial="normal", gain=output_gain(config, stack)
         )

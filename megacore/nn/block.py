@@ -98,6 +98,7 @@ class ExpertBlock(nn.Module):
         losses: list[Tensor] = []
 
         def branch(h: Tensor) -> Tensor:
+            output: Tensor
             output, loss = self.experts(h)
             losses.append(loss)
             return output

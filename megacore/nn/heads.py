@@ -90,4 +90,3 @@ class NSPHead(nn.Module):
         """x: [tokens, hidden], pair_positions: [n], first tokens of the pairs -> [pairs of this rank, 2]."""
         x = _rows(x, pair_positions, packed(tokens, sequences, self._grid).inner, self._grid)
         return F.linear(F.linear(x, self.pooler_weight, self.pooler_bias).tanh(), self.weight, self.bias)
-

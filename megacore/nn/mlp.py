@@ -43,9 +43,7 @@ class MLP(nn.Module):
         config, declare = kit.config, kit.declare
         inner = (write("gate_up"), write("ffn")) if config.gated_mlp else (write("ffn"),)
         self.up_weight = declare(*inner, read("hidden"), initial="normal", gain=branch_gain(config, stack))
-        self.down_weight = declare(
-            write("hidden"), read("ffn"), initial="normal", gain=output_gain(config, stack)
-        )
+        self.down_weight = declare(write("hidden"), read("ffn"), initial="normal", gain=output_gain(config, stack))
         self.up_bias = declare(*inner, initial="zeros") if config.linear_bias else None
         self.down_bias = declare(write("hidden"), initial="zeros") if config.linear_bias else None
         self.inner_norm = InnerNorm(kit, "ffn") if config.residual == "sub_norm" else None

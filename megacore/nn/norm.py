@@ -41,13 +41,13 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., size] -> [..., size]."""
-        weight, bias = self.weight, self.bias
-        if not self._whole:
-            weight = None if weight is None else on_stream(weight, self._grid)
-            bias = None if bias is None else on_stream(bias, self._grid)
+        weight, bias = (self._used(parameter) for parameter in (self.weight, self.bias))
         if self._centred:
             return F.layer_norm(x, x.shape[-1:], weight, bias, self._eps)
         return self._rms_norm(x, weight, self._eps)
+
+    def _used(self, parameter: Tensor | None) -> Tensor | None:
+        return parameter if parameter is None or self._whole else on_stream(parameter, self._grid)
 
 
 class InnerNorm(nn.Module):

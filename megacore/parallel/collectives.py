@@ -53,9 +53,7 @@ class _Collective(torch.autograd.Function):
     """A linear collective and its transpose."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, group: Group, there: Callable[..., Tensor], back: Callable[..., Tensor]
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: Group, there: Callable[..., Tensor], back: Callable[..., Tensor]) -> Tensor:
         ctx.group, ctx.back = group, back
         return there(x, group)
 

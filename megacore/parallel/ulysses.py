@@ -1,4 +1,4 @@
-"""Long sequences over several ranks: in attention they exchange tokens for heads (DeepSpeed-Ulysses, Jacobs et al. 2023).
+"""Long sequences over ranks that exchange tokens for heads in attention (DeepSpeed-Ulysses, Jacobs et al. 2023).
 
 Outside attention each rank holds its part of a micro-batch's tokens and all of its heads; inside, all tokens and its
 part of the heads. Per layer: one all-to-all each of queries, keys, values and output, and as many backward.

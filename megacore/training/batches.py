@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
@@ -17,10 +18,10 @@ from megacore.models.batch import ModelBatch
 def model_batch(batch: Batch, device: torch.device, parts: int = 1) -> ModelBatch:
     """Copy a batch of arrays to a device, filled so that ``parts`` ranks can share its tokens evenly."""
 
-    def tensor(array: NDArray[object]) -> torch.Tensor:
+    def tensor(array: NDArray[Any]) -> torch.Tensor:
         return torch.as_tensor(array)
 
-    def optional(array: NDArray[object] | None) -> torch.Tensor | None:
+    def optional(array: NDArray[Any] | None) -> torch.Tensor | None:
         return None if array is None else tensor(array)
 
     made = ModelBatch(

@@ -73,7 +73,9 @@ def _check_stage(path: Path, zero: dict[str, Any], run: RunConfig) -> None:
             "DeepSpeed's mixture of experts works with stages 1 and 2"
         )
     if "offload_param" in zero:
-        raise ConfigError(f"{path}: remove zero_optimization.offload_param; the optimizer can be offloaded, weights not")
+        raise ConfigError(
+            f"{path}: remove zero_optimization.offload_param; the optimizer can be offloaded, weights not"
+        )
     device = zero.get("offload_optimizer", {}).get("device", "none")
     if device not in ("none", "cpu"):
         raise ConfigError(f"{path}: zero_optimization.offload_optimizer.device={device!r}: use cpu or none")

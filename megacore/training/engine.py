@@ -139,7 +139,7 @@ def _parameter_groups(
     for number, kind in enumerate(kinds):
         if kind not in groups:
             groups[kind] = [nn.Parameter(torch.zeros_like(like))]
-            model.register_parameter(f"{PLACEHOLDER}{number}", groups[kind][0])  # type: ignore[arg-type]
+            model.register_parameter(f"{PLACEHOLDER}{number}", groups[kind][0])
     return [
         {
             "params": groups[rate, eps, decays],

@@ -46,6 +46,8 @@ def train(config: RunConfig) -> None:
         MegacoreError: on every rank alike, if any rank finds something wrong before the first step.
     """
     device = join_world()
+    if config.training.dtype == "fp16" and device.type == "cpu":
+        raise ConfigError("dtype=fp16 needs a GPU; use bf16 or fp32 on a CPU")
     TrainingStage(config, ParallelGrid.create(config.parallel), TorchRanks(), device).run()
     leave_world()  # only after success: a rank that failed must end, not wait for the others
 
@@ -253,9 +255,7 @@ class TrainingStage:
 
     def _save(self, display: StepProgress) -> None:
         path = checkpoint_path(self._training.output_dir, self._progress.step)
-        files = [
-            (f"rank{self._group.rank:05d}.safetensors", pieces_to_write(self._engine, self._grid))
-        ]
+        files = [(f"rank{self._group.rank:05d}.safetensors", pieces_to_write(self._engine, self._grid))]
         write_checkpoint(path, self._group, files, self._manifest)
         if self._group.rank == 0:
             try:

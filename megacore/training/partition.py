@@ -124,9 +124,7 @@ def _make_moments(engine: TrainingEngine, step: int) -> None:
     """Create Adam's state, which torch would create at the first step."""
     optimizer = engine.optimizer
     masters = (
-        optimizer.fp32_partitioned_groups_flat
-        if engine.zero_stage == 3
-        else optimizer.single_partition_of_fp32_groups
+        optimizer.fp32_partitioned_groups_flat if engine.zero_stage == 3 else optimizer.single_partition_of_fp32_groups
     )
     for flat in masters:
         optimizer.optimizer.state[flat] = {

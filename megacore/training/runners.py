@@ -100,7 +100,7 @@ class PipelineRunner:
         """Put the stage under DeepSpeed."""
         pipeline = {"pipe_partitioned": False, "grad_partitioned": False}
         self.engine = _deepspeed(self.model, optimizer, settings | {"pipeline": pipeline}, mpu=None)
-        # DeepSpeed reuses a buffer by its place in the tuple whatever its dtype: activations and gradients differ there.
+        # DeepSpeed reuses a buffer by its place in the tuple, whatever the dtype: activations and gradients differ.
         self.engine._allocate_or_extend_buffers = lambda place, shape, dtype: torch.empty(
             shape, dtype=dtype, device=self.engine.device
         )

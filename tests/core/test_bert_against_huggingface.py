@@ -9,14 +9,20 @@ import pytest
 import torch
 from transformers import BertConfig, BertForPreTraining
 
-from megacore.config import ModelConfig, ParallelConfig
-from megacore.models.bert import Bert, BertInput
+from megacore.config import ParallelConfig
+from megacore.model_config import ModelConfig
+from megacore.models.batch import ModelBatch
+from megacore.models.flops import Work, forward_flops
+from megacore.models.loss import Loss
+from megacore.models.transformer import Transformer
+from megacore.nn.kit import Kit
 from megacore.parallel.grid import ParallelGrid
 from megacore.params import Declare, declared, region_shape
 from tests.models import model_config
 from tests.ranks import run_ranks
 
 BATCH, SEQ = 4, 24
+LENGTHS = (SEQ, 9, 17, SEQ)
 
 
 def hugging_face(config: ModelConfig, dtype: torch.dtype = torch.float32) -> BertForPreTraining:
@@ -27,7 +33,7 @@ def hugging_face(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Ber
             **{key: getattr(config, key) for key in ("num_attention_heads", "intermediate_size")},
             max_position_embeddings=config.max_position_embeddings,
             initializer_range=config.initializer_range,
-            layer_norm_eps=config.layer_norm_eps,
+            layer_norm_eps=config.norm_eps,
         )
     )
     with torch.no_grad():  # gains and biases too, so that each of them is tested
@@ -49,11 +55,11 @@ def carried_over(source: BertForPreTraining, config: ModelConfig) -> dict[str, t
         "embeddings.segment": weights[bert + "embeddings.token_type_embeddings.weight"],
         "embeddings.norm.weight": weights[bert + "embeddings.LayerNorm.weight"],
         "embeddings.norm.bias": weights[bert + "embeddings.LayerNorm.bias"],
-        "mlm_head.transform_weight": weights[cls + "transform.dense.weight"],
-        "mlm_head.transform_bias": weights[cls + "transform.dense.bias"],
-        "mlm_head.norm.weight": weights[cls + "transform.LayerNorm.weight"],
-        "mlm_head.norm.bias": weights[cls + "transform.LayerNorm.bias"],
-        "mlm_head.bias": weights[cls + "bias"],
+        "lm_head.transform_weight": weights[cls + "transform.dense.weight"],
+        "lm_head.transform_bias": weights[cls + "transform.dense.bias"],
+        "lm_head.norm.weight": weights[cls + "transform.LayerNorm.weight"],
+        "lm_head.norm.bias": weights[cls + "transform.LayerNorm.bias"],
+        "lm_head.bias": weights[cls + "bias"],
         "nsp_head.pooler_weight": weights[bert + "pooler.dense.weight"],
         "nsp_head.pooler_bias": weights[bert + "pooler.dense.bias"],
         "nsp_head.weight": weights["cls.seq_relationship.weight"],
@@ -73,40 +79,49 @@ def carried_over(source: BertForPreTraining, config: ModelConfig) -> dict[str, t
             ),
             ours + "attention.output_weight": weights[theirs + "attention.output.dense.weight"].view(hidden, *heads),
             ours + "attention.output_bias": weights[theirs + "attention.output.dense.bias"],
-            ours + "attention_norm.weight": weights[theirs + "attention.output.LayerNorm.weight"],
-            ours + "attention_norm.bias": weights[theirs + "attention.output.LayerNorm.bias"],
+            ours + "attention_residual.norm.weight": weights[theirs + "attention.output.LayerNorm.weight"],
+            ours + "attention_residual.norm.bias": weights[theirs + "attention.output.LayerNorm.bias"],
             ours + "mlp.up_weight": weights[theirs + "intermediate.dense.weight"],
             ours + "mlp.up_bias": weights[theirs + "intermediate.dense.bias"],
             ours + "mlp.down_weight": weights[theirs + "output.dense.weight"],
             ours + "mlp.down_bias": weights[theirs + "output.dense.bias"],
-            ours + "mlp_norm.weight": weights[theirs + "output.LayerNorm.weight"],
-            ours + "mlp_norm.bias": weights[theirs + "output.LayerNorm.bias"],
+            ours + "mlp_residual.norm.weight": weights[theirs + "output.LayerNorm.weight"],
+            ours + "mlp_residual.norm.bias": weights[theirs + "output.LayerNorm.bias"],
         }
     return result
 
 
-def inputs(vocab_size: int) -> BertInput:
+def inputs(vocab_size: int) -> ModelBatch:
     generator = torch.Generator().manual_seed(3)
-    lengths = torch.tensor([SEQ, 9, 17, SEQ])
-    position = torch.arange(SEQ)
-    masked = ((position % 5 == 2) & (position < lengths.unsqueeze(1))).flatten().nonzero().flatten()
-    return BertInput(
-        torch.randint(0, vocab_size, (BATCH, SEQ), generator=generator),
-        (position >= lengths.unsqueeze(1) // 2).long(),
-        lengths,
-        masked,
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])
+    halves = torch.cat([(torch.arange(n) >= n // 2).long() for n in LENGTHS])
+    ids = torch.randint(0, vocab_size, (sum(LENGTHS),), generator=generator)
+    labelled = (positions % 5 == 2).nonzero().flatten()
+    return ModelBatch(
+        torch.stack([ids, halves, positions]),
+        torch.tensor([LENGTHS, (0,) * BATCH, range(BATCH)]),
+        labelled,
+        torch.arange(len(labelled)) % vocab_size,
+        torch.tensor([0, 1, 0, 1]),
     )
 
 
-def expected_logits(model: BertForPreTraining, batch: BertInput) -> tuple[torch.Tensor, torch.Tensor]:
-    mask = (torch.arange(SEQ) < batch.lengths.unsqueeze(1)).long()
-    output = model(input_ids=batch.input_ids, token_type_ids=batch.token_type_ids, attention_mask=mask)
-    return output.prediction_logits.reshape(BATCH * SEQ, -1)[batch.masked_positions], output.seq_relationship_logits
+def expected_logits(model: BertForPreTraining, batch: ModelBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad the sequences, as Hugging Face wants them, and pick the real tokens' logits."""
+    ids, segments, mask = torch.zeros(3, BATCH, SEQ, dtype=torch.long)
+    start = 0
+    for row, length in enumerate(LENGTHS):
+        ids[row, :length], segments[row, :length] = batch.tokens[:2, start : start + length]
+        mask[row, :length] = 1
+        start += length
+    output = model(input_ids=ids, token_type_ids=segments, attention_mask=mask)
+    return output.prediction_logits[mask.bool()][batch.label_positions], output.seq_relationship_logits
 
 
-def filled(config: ModelConfig, weights: dict[str, torch.Tensor], grid: ParallelGrid, dtype: torch.dtype) -> Bert:
-    declare = Declare(config, grid.tensor_parallel_rank, grid.tensor_parallel_size, dtype=dtype)
-    model = Bert(config, declare, grid)
+def filled(
+    config: ModelConfig, weights: dict[str, torch.Tensor], grid: ParallelGrid, dtype: torch.dtype
+) -> Transformer:
+    model = Transformer(Kit(config, Declare(config, grid.shard, dtype=dtype), grid)).eval()
     with torch.no_grad():
         for name, parameter in declared(model):
             box = tuple(slice(start, stop) for start, stop in parameter.region)
@@ -124,8 +139,8 @@ def test_logits_equal_hugging_face(dtype: torch.dtype, tolerance: float) -> None
     with torch.inference_mode():
         ours, (mlm, nsp) = model(batch), expected_logits(reference, batch)
     scale = 1.0 if dtype == torch.float32 else float(mlm.abs().max())
-    assert float((ours.mlm - mlm).abs().max()) <= tolerance * scale
-    assert float((ours.nsp - nsp).abs().max()) <= tolerance * scale
+    assert float((ours[0] - mlm).abs().max()) <= tolerance * scale
+    assert float((ours[1] - nsp).abs().max()) <= tolerance * scale
 
 
 def tensor_parallel_logits(size: int) -> Any:
@@ -139,18 +154,18 @@ def tensor_parallel_logits(size: int) -> Any:
     with torch.inference_mode():
         logits = model(batch)
     mlm, nsp = expected_logits(reference, batch)
-    labels = torch.arange(len(mlm)) % config.vocab_size
-    sums = model.sums(logits, labels, torch.tensor([0, 1, 0, 1]))
-    loss = torch.nn.functional.cross_entropy(mlm, labels, reduction="sum")
-    hits = (mlm.argmax(-1) == labels).sum()
+    losses = Loss(config, grid)
+    sums = losses.sums(logits, losses.label_values(batch))
+    loss = torch.nn.functional.cross_entropy(mlm, batch.labels, reduction="sum")
+    hits = (mlm.argmax(-1) == batch.labels).sum()
     leave_world()
-    first, stop = model.embeddings.word.region[0]
+    first, stop = dict(declared(model))["embeddings.word"].region[0]
     return {
-        "mlm": float((logits.mlm - mlm[:, first:stop]).abs().max()),
-        "nsp": float((logits.nsp - nsp).abs().max()),
-        "loss": float((sums.mlm_loss - loss).abs() / loss),
-        "hits": int(sums.mlm_correct) - int(hits),
-        "width": logits.mlm.shape[1],
+        "mlm": float((logits[0] - mlm[:, first:stop]).abs().max()),
+        "nsp": float((logits[1] - nsp).abs().max()),
+        "loss": float((sums.token_loss - loss).abs() / loss),
+        "hits": int(sums.token_correct) - int(hits),
+        "width": logits[0].shape[1],
     }
 
 
@@ -169,13 +184,11 @@ def test_flops_equal_a_count_of_the_matrix_products() -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from megacore.models.flops import bert_forward_flops
-
     config = model_config()
     model = filled(config, carried_over(hugging_face(config), config), ParallelGrid(), torch.float32)
     batch = inputs(config.vocab_size)
     # The counter sees the products of plain attention, not those inside a fused kernel.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(batch)
-    counted = bert_forward_flops(config, BATCH, SEQ, len(batch.masked_positions))
+    counted = forward_flops(config, Work(LENGTHS, len(batch.labels)))
     assert np.isclose(counted, counter.get_total_flops(), rtol=1e-12)

@@ -42,7 +42,20 @@ def test_overrides_reach_their_section_by_the_key_alone_or_dotted(file: Path) ->
         (["hidden_size=25"], ["num_attention_heads=4", "hidden_size=25", "5"]),
         (["tensor_parallel_size=3"], ["tensor_parallel_size=3", "num_attention_heads=4", "1, 2, 4"]),
         (["tensor_parallel_size=4", "intermediate_size=42"], ["intermediate_size=42", "tensor_parallel_size=4"]),
-        (["pipeline_parallel_size=2"], ["pipeline_parallel_size", "2", "1"]),
+        (["pipeline_parallel_size=3"], ["pipeline_parallel_size=3", "2 layers", "num_hidden_layers=2"]),
+        (["sequence_parallel=true"], ["sequence_parallel=true", "tensor_parallel_size > 1"]),
+        (["ulysses_parallel_size=3"], ["ulysses_parallel_size=3", "num_attention_heads=4", "1, 2, 4"]),
+        (
+            ["ulysses_parallel_size=2", "tensor_parallel_size=2", "sequence_parallel=true"],
+            ["sequence_parallel=true", "ulysses_parallel_size=2"],
+        ),
+        (["expert_parallel_size=2"], ["expert_parallel_size=2", "num_experts"]),
+        (["num_experts=4"], ["num_experts=4", "not part of this version"]),
+        (["objective=causal_lm"], ["objective=causal_lm", "architecture=encoder", "mlm_nsp, mlm"]),
+        (["architecture=decoder", "num_key_value_heads=3"], ["num_key_value_heads=3", "num_attention_heads=4"]),
+        (["num_key_value_heads=2", "tensor_parallel_size=4"], ["tensor_parallel_size=4", "num_key_value_heads=2"]),
+        (["position_embedding=rotary", "head_dim=5"], ["position_embedding=rotary", "head_dim=5"]),
+        (["num_decoder_layers=2"], ["num_decoder_layers=2", "encoder_decoder"]),
         (["learning_rate=fast"], ["learning_rate", "fast"]),
         (["learning_rate=-1"], ["learning_rate", "-1", "greater than 0"]),
         (["warmup_steps=11"], ["warmup_steps=11", "train_steps=10"]),
@@ -98,7 +111,7 @@ def test_what_is_left_of_the_world_is_data_parallel(world: int, tensor: int, dat
 
 
 def test_a_world_that_is_no_multiple_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"3 processes.*tensor_parallel_size=2 × pipeline_parallel_size=1.*4 proc"):
+    with pytest.raises(ConfigError, match=r"3 processes.*tensor_parallel_size=2; start 4 proc"):
         ParallelConfig(tensor_parallel_size=2).data_parallel_size(3)
 
 
@@ -122,7 +135,12 @@ def test_the_schedule_warms_up_holds_and_decays_linearly() -> None:
 def resolve(tmp_path: Path, content: dict[str, Any], **changes: Any) -> dict[str, Any]:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(content))
-    return resolve_deepspeed_config(path, training(**changes), data_parallel_size=2)
+    return resolve_deepspeed_config(run(path, **changes), data_parallel_size=2)
+
+
+def run(deepspeed_config: Path, **changes: Any) -> RunConfig:
+    values = training(**changes).model_dump() | {"deepspeed_config": str(deepspeed_config)}
+    return validated(RunConfig, {"model": MODEL, "training": values, "data": {"train_data": "there"}})
 
 
 def test_auto_is_filled_in(tmp_path: Path) -> None:
@@ -134,6 +152,8 @@ def test_auto_is_filled_in(tmp_path: Path) -> None:
         "gradient_accumulation_steps": 2,
         "gradient_clipping": 1.0,
         "bf16": {"enabled": True},
+        "fp16": {"enabled": False},
+        "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"stage": 1},
         "wall_clock_breakdown": False,
     }
@@ -150,7 +170,9 @@ def test_auto_is_filled_in(tmp_path: Path) -> None:
         ({"zero_optimization": 1}, "zero_optimization=1"),
         ({"zero_optimization": {"stage": 1}, "bf16": True}, "bf16=True"),
         ({"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}, "data_types"),
-        ({"zero_optimization": {"stage": 3}}, "stage=3"),
+        ({"zero_optimization": {"stage": 4}}, "stage=4"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "offload_param"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "offload_optimizer.device"),
         ({"zero_optimization": {"stage": 1}, "scheduler": {"type": "WarmupLR"}}, "scheduler"),
         ({"zero_optimization": {"stage": 1}, "optimizer": {"type": "Lamb"}}, "Lamb"),
         (
@@ -169,7 +191,17 @@ def test_every_shipped_deepspeed_file_resolves() -> None:
     files = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
     assert files
     for file in files:
-        assert resolve_deepspeed_config(file, training(), 2)["train_batch_size"] == 8
+        assert resolve_deepspeed_config(run(file), 2)["train_batch_size"] == 8
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_pipelines_refuse_the_zero_stages_that_deepspeed_cannot_pipeline(tmp_path: Path, stage: int) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    config = run(path)
+    config = config.model_copy(update={"parallel": ParallelConfig(pipeline_parallel_size=2)})
+    with pytest.raises(ConfigError, match=rf"stage={stage} .*pipeline_parallel_size=2.*zero1\.json"):
+        resolve_deepspeed_config(config, 1)
 
 
 def test_model_config_names_divisors() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from megacore.models.bert import Bert, declarations
-from megacore.nn.residual import HiddenDropout
-from megacore.parallel.dropout import DropoutKeys
+from megacore.models.transformer import Transformer, declarations
+from megacore.nn.attend import Scores, attend
+from megacore.nn.kit import Kit
+from megacore.nn.packed import packed
+from megacore.parallel.dropout import Dropout
 from megacore.parallel.grid import ParallelGrid
-from megacore.params import Declare, declared, initialise
+from megacore.params import Declare, Shard, declared, initialise
 from tests.models import model_config, whole_model
 
 
@@ -19,7 +21,7 @@ def test_shards_of_any_size_are_cut_from_the_same_initial_model() -> None:
     for parts in (2, 4):
         seen = {name: torch.zeros(parameter.shape, dtype=torch.int) for name, parameter in whole.items()}
         for rank in range(parts):
-            shard = Bert(config, Declare(config, rank, parts), ParallelGrid())
+            shard = Transformer(Kit(config, Declare(config, Shard(rank, parts)), ParallelGrid()))
             initialise(shard, config, seed=1)
             for name, parameter in declared(shard):
                 box = tuple(slice(start, stop) for start, stop in parameter.region)
@@ -31,7 +33,8 @@ def test_shards_of_any_size_are_cut_from_the_same_initial_model() -> None:
 
 
 def test_initial_weights_are_normal_with_the_configured_spread() -> None:
-    word = whole_model(model_config(vocab_size=4000)).embeddings.word.detach().numpy() / 0.2
+    named = dict(declared(whole_model(model_config(vocab_size=4000))))
+    word = named["embeddings.word"].detach().numpy() / 0.2
     assert abs(word.mean()) < 4 / np.sqrt(word.size)
     assert abs(word.std() - 1) < 4 / np.sqrt(2 * word.size)
     assert abs((word**4).mean() - 3) < 4 * np.sqrt(96 / word.size)
@@ -46,11 +49,15 @@ def test_different_seeds_and_names_give_different_weights() -> None:
 
 
 def masks(samples: list[int], shape: tuple[int, int], site: str = "here", rate: float = 0.1) -> torch.Tensor:
-    keys = DropoutKeys(7, torch.tensor(samples))
-    return HiddenDropout(rate, site)(torch.ones(len(samples), *shape), keys)
+    """Return what is left of ones after dropout in sequences of one length: [samples, length, hidden]."""
+    length, hidden = shape
+    of_tokens = torch.tensor(samples).repeat_interleave(length)
+    positions = torch.arange(length).repeat(len(samples))
+    dropped = Dropout(rate, 7, site).stream(torch.ones(len(of_tokens), hidden), of_tokens, positions)
+    return dropped.view(len(samples), length, hidden)
 
 
-def test_a_samples_mask_does_not_depend_on_its_batch_or_padding() -> None:
+def test_a_samples_mask_does_not_depend_on_its_batch_or_length() -> None:
     batch = masks([3, 900, 2**40 + 1], (16, 32))
     alone = masks([900], (24, 32))
     assert torch.equal(batch[1], alone[0, :16])
@@ -74,21 +81,23 @@ def test_masks_of_samples_sites_and_neighbours_are_uncorrelated() -> None:
 
 
 def test_attention_dropout_equals_a_plain_computation_with_the_same_masks() -> None:
-    config = model_config(attention_dropout=0.3)
-    model = whole_model(config, dtype=torch.float64)
-    attention = model.layers[0].attention  # type: ignore[union-attr]
-    x = torch.randn(2, 10, config.hidden_size, dtype=torch.float64)
-    keys = DropoutKeys(5, torch.tensor([4, 8]))
-    query = torch.einsum("bsh,ndh->bnsd", x, attention.query_weight) + attention.query_bias[None, :, None]
-    key_value = torch.einsum("bsh,cndh->cbnsd", x, attention.key_value_weight)
-    key, value = key_value + attention.key_value_bias[:, None, :, None]
-    weights = torch.softmax(query @ key.transpose(-1, -2) / np.sqrt(config.head_dim), dim=-1)
-    seq, stride = 10, config.max_position_embeddings
-    ones = torch.ones(2, 4, seq, seq, dtype=torch.float64)
-    offsets = tuple(
-        torch.arange(size, dtype=torch.int32) * step for size, step in ((4, stride * stride), (seq, stride), (seq, 1))
-    )
-    mask = keys.drop(ones, 0.3, "layers.0.attention.probabilities", offsets)
-    context = torch.einsum("bnqk,bnkd->bqnd", weights * mask, value)
-    expected = torch.einsum("bsnd,hnd->bsh", context, attention.output_weight) + attention.output_bias
-    assert torch.allclose(attention(x, None, keys), expected, atol=1e-12)
+    """In sequences of different lengths, with the heads of the second of two ranks."""
+    lengths, heads = (10, 6), 4
+    rows = [torch.stack([torch.zeros(n), torch.zeros(n), torch.arange(n)]).long() for n in lengths]
+    sequences = torch.tensor([lengths, (0, 0), (4, 8)])
+    where = packed(torch.cat(rows, 1), sequences, ParallelGrid())
+    query, key, value = torch.randn(3, sum(lengths), heads, 5, dtype=torch.float64)
+    dropout = Dropout(0.3, 5, "here")
+    output = attend(query, key, value, where, where, Scores("causal", 0.4, None, dropout, first_head=4))
+    start = 0
+    for number, length in enumerate(lengths):
+        q, k, v = (x[start : start + length] for x in (query, key, value))
+        scores = 0.4 * torch.einsum("ihd,jhd->hij", q, k)
+        hidden = torch.arange(length)[None, :] > torch.arange(length)[:, None]
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        ones = torch.ones(1, 8, length, length, dtype=torch.float64)
+        mask = dropout.probabilities(ones, sequences[2, number : number + 1], 0)[0, 4:]
+        assert 0 < float((mask == 0).double().mean()) < 1
+        expected = torch.einsum("hij,jhd->ihd", weights * mask, v)
+        assert torch.allclose(output[start : start + length], expected, atol=1e-12)
+        start += length
