@@ -43,6 +43,7 @@ ENCODER_DECODER: dict[str, Any] = {
     "num_key_value_heads": 8,
     "position_embedding": "relative",
     "activation": "gelu_tanh",
+    "initializer_range": 0.1,
 }
 FAMILIES: dict[str, dict[str, Any]] = {"bert": SIZES, "llama": LLAMA, "encoder-decoder": ENCODER_DECODER}
 
