@@ -12,6 +12,7 @@ import typer
 
 from launcher.checkpoint_commands import grow, inspect, verify
 from launcher.data_commands import data_app
+from launcher.dry_run import show_dry_run
 from megacore.errors import MegacoreError
 
 app = typer.Typer(
@@ -32,6 +33,8 @@ def train(
     overrides: list[str] = typer.Argument(
         None, metavar="[KEY=VALUE]...", help="Keys of the configuration, e.g. learning_rate=1e-3."
     ),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Check and estimate the run, without starting it."),
+    processes: int = typer.Option(1, min=1, help="Of the job that --dry-run is about."),
 ) -> None:
     """Train a stage, or go on with it from its last checkpoint; one process of a job, or a job of one.
 
@@ -41,6 +44,9 @@ def train(
     from megacore.settings import load
 
     settings = load(RunConfig, config, overrides or ())
+    if dry_run:
+        show_dry_run(settings, processes)
+        return
     from megacore.training.loop import train as run
 
     run(settings)
