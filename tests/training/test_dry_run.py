@@ -41,6 +41,6 @@ def test_the_tied_table_is_on_the_first_and_the_last_stage(tmp_path: Path) -> No
 
 
 def test_an_impossible_world_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="3 processes.*tensor_parallel_size=2"):
+    with pytest.raises(ConfigError, match=r"3 processes.*tensor_parallel_size=2"):
         estimate(run_config(tmp_path, tmp_path, tensor_parallel_size=2), 3)
     assert not dist.is_initialized()
