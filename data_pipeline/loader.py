@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -233,9 +233,24 @@ class PretrainingBatches:
         return self._collated(sample_order(counter, len(self._dataset), self._seed), counter)
 
     def evaluation_batches(self, max_samples: int) -> list[Batch]:
-        """Return this replica's part of the first ``max_samples`` instances, in their stored order."""
-        chosen = np.arange(min(max_samples, len(self._dataset)), dtype=np.int64)[self._rank :: self._replicas]
-        return self._collated(chosen, chosen)
+        """Return this replica's part of the first ``max_samples`` instances, in their stored order.
+
+        Every replica has as many batches, since replicas that share weights or experts work together: where instances
+        are lacking, a batch without labels.
+        """
+        every = np.arange(min(max_samples, len(self._dataset)), dtype=np.int64)
+        chosen = every[self._rank :: self._replicas]
+        batches = self._collated(chosen, chosen)
+        most = -(-len(every[:: self._replicas]) // self._micro)
+        return batches + [self._blank()] * (most - len(batches))
+
+    def _blank(self) -> Batch:
+        """Return a batch that counts nothing: a sequence of sample -1, and no labels."""
+        batch = collate([self._dataset[0]], np.array([-1], np.int64), self._objective)
+        pairs = None if batch.next_sentence_labels is None else batch.next_sentence_labels[:0]
+        return replace(
+            batch, label_positions=batch.label_positions[:0], labels=batch.labels[:0], next_sentence_labels=pairs
+        )
 
     def _collated(self, chosen: NDArray[np.int64], counter: NDArray[np.int64]) -> list[Batch]:
         return [

@@ -186,12 +186,21 @@ class ModelConfig(Settings):
                 f"position_embedding={self.position_embedding} turns pairs, but head_dim={self.head_dim} is odd"
             )
         if self.num_experts:
-            raise ValueError(
-                f"num_experts={self.num_experts}: mixtures of experts are not part of this version; set num_experts=0"
-            )
+            self._check_experts()
         if self.num_decoder_layers and self.architecture != "encoder_decoder":
             raise ValueError(f"num_decoder_layers={self.num_decoder_layers} needs architecture=encoder_decoder")
         return self
+
+    def _check_experts(self) -> None:
+        if self.num_experts_per_token > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_token={self.num_experts_per_token} is more than num_experts={self.num_experts}"
+            )
+        if self.residual == "sub_norm":
+            raise ValueError(
+                f"residual=sub_norm has a norm inside the feed-forward network, which num_experts={self.num_experts} "
+                "replaces; choose another residual, or num_experts=0"
+            )
 
 
 def presets() -> list[str]:

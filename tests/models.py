@@ -93,7 +93,7 @@ def run_config(folder: Path, data: Path, **changes: Any) -> RunConfig:
         "log_interval": 1,
         "save_interval": 5,
         "eval_interval": 5,
-        "eval_samples": 16,
+        "eval_samples": 13,  # not a multiple of anything
     }
     model, parallel = dict(MODEL), {}
     for key, value in changes.items():
@@ -106,7 +106,10 @@ def run_config(folder: Path, data: Path, **changes: Any) -> RunConfig:
 
 
 def reference_losses(config: RunConfig, steps: int) -> tuple[list[float], list[float]]:
-    """Train with plain torch in this process: one batch a step, AdamW, clipping; return losses and norms."""
+    """Train with plain torch in this process: one batch a step, AdamW, clipping; return losses and norms.
+
+    A mixture of experts is balanced over micro-batches: then the step's micro-batches are run one by one.
+    """
     training = config.training
     model = whole_model(config.model, training.seed)
     decayed = [p for p in model.parameters() if p.spec.is_matrix]  # type: ignore[union-attr]
@@ -116,23 +119,29 @@ def reference_losses(config: RunConfig, steps: int) -> tuple[list[float], list[f
         groups, lr=training.learning_rate, betas=(training.adam_beta1, training.adam_beta2), eps=training.adam_eps
     )
     size = training.global_batch_size
+    micro = training.micro_batch_size if config.model.num_experts else size
     data = InstanceDataset(config.data.train_data)
-    batches = PretrainingBatches(data, training.seed, size, size, objective=config.model.objective)
+    batches = PretrainingBatches(data, training.seed, size, micro, objective=config.model.objective)
     losses, norms = [], []
     for step in range(steps):
-        (batch,) = batches.step_batches(step * size)
-        loss = plain_loss(model.train(), model_batch(batch, torch.device("cpu")))
+        made = [model_batch(batch, torch.device("cpu")) for batch in batches.step_batches(step * size)]
         optimizer.zero_grad()
-        loss.backward()
+        labels = sum(len(batch.labels) for batch in made)
+        loss = torch.zeros(())
+        for batch in made:
+            outputs = model.train()(batch)
+            share = plain_loss(outputs, batch) * len(batch.labels) / labels
+            balance = config.model.router_aux_loss_coefficient * outputs[-1] if config.model.num_experts else 0.0
+            (share + balance / len(made)).backward()
+            loss += share.detach()
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clipping)))
         optimizer.step()
-        losses.append(float(loss.detach()))
+        losses.append(float(loss))
     return losses, norms
 
 
-def plain_loss(model: Transformer, batch: ModelBatch) -> torch.Tensor:
-    """Compute the mean losses with torch's own cross-entropy; dropout is on in training mode."""
-    outputs = model(batch)
+def plain_loss(outputs: tuple[torch.Tensor, ...], batch: ModelBatch) -> torch.Tensor:
+    """Compute the mean losses with torch's own cross-entropy."""
     loss = nn.functional.cross_entropy(outputs[0], batch.labels)
     if batch.pair_labels is None:
         return loss

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megacore.model_config import ModelConfig, Stack
-from megacore.nn.block import Block, CrossBlock, ExpertBlock
+from megacore.nn.block import Block, CrossBlock
 from megacore.nn.embedding import InputEmbedding, WordTable
 from megacore.nn.heads import NSPHead, OutputTable, TokenHead
 from megacore.nn.kit import Kit
@@ -45,6 +45,13 @@ class Layer:
     takes: tuple[str, ...]
     gives: tuple[str, ...]
     words: str = ""
+    options: tuple[str, ...] = ()
+    """Further values that it takes, as the keyword after the last dot of their names."""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of all values that it takes."""
+        return self.takes + self.options
 
 
 def input_names(config: ModelConfig) -> tuple[str, ...]:
@@ -93,17 +100,12 @@ def _stack(config: ModelConfig, stack: Stack, prefix: str, stream: str, data: tu
         layers.append(Layer(f"{prefix}relative_bias", RelativeBias, (), (bias,)))
     for number in range(config.layers_of(stack)):
         site = f"{prefix}layers.{number}"
-        block: Callable[[Kit], nn.Module]
-        if config.num_experts:
-            block = partial(ExpertBlock, site=site, stack=stack)
-        elif stream == "y":
-            block = partial(CrossBlock, site=site)
-        else:
-            block = partial(Block, site=site, stack=stack)
+        block = partial(CrossBlock, site=site) if stream == "y" else partial(Block, site=site, stack=stack)
         memory, source = (("x",), SOURCE) if stream == "y" else ((), ())
-        so_far = balance if number > 0 else ()
-        takes = (stream, *memory, *data, *source, *((bias,) if relative else ()), *so_far)
-        layers.append(Layer(site, block, takes, (stream, *balance)))
+        is_first = number == 0 and stream == "x"
+        options = ((bias,) if relative else ()) + (() if is_first else balance)
+        takes = (stream, *memory, *data, *source)
+        layers.append(Layer(site, block, takes, (stream, *balance), options=options))
     if config.norms_inputs:
         layers.append(Layer(f"{prefix}final_norm", Norm, (stream,), (stream,)))
     return layers
@@ -125,7 +127,7 @@ def carried_names(config: ModelConfig, layers: list[Layer]) -> list[tuple[str, .
     carried = [output_names(config)]
     for layer in reversed(layers):
         # In front of a layer: what it takes, and what is needed behind it and comes from before it.
-        needed = set(layer.takes) | (set(carried[-1]) - set(layer.gives))
+        needed = set(layer.reads) | (set(carried[-1]) - set(layer.gives))
         carried.append(tuple(sorted(needed)))
     return carried[::-1]
 
@@ -173,6 +175,7 @@ class Carry:
         """Return the values that are carried on."""
         tensors = (values,) if isinstance(values, Tensor) else values
         named = dict(zip(self.before, tensors, strict=True))
-        result = module(*(named[name] for name in self.layer.takes))
+        options = {name.rpartition(".")[2]: named[name] for name in self.layer.options}
+        result = module(*(named[name] for name in self.layer.takes), **options)
         named.update(zip(self.layer.gives, (result,) if isinstance(result, Tensor) else result, strict=True))
         return tuple(named[name] for name in self.after)

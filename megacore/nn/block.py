@@ -8,8 +8,7 @@ from megacore.model_config import Stack
 from megacore.nn.attend import Pattern
 from megacore.nn.attention import Attention
 from megacore.nn.kit import Kit
-from megacore.nn.mlp import MLP
-from megacore.nn.moe import MixtureOfExperts
+from megacore.nn.moe import feed_forward, with_balance
 from megacore.nn.packed import Packed, packed
 from megacore.nn.residual import Residual
 
@@ -34,16 +33,20 @@ class Block(nn.Module):
         super().__init__()
         self.attention = Attention(kit, f"{site}.attention", stack, pattern_of(kit, stack))
         self.attention_residual = Residual(kit, f"{site}.attention", stack)
-        self.mlp = MLP(kit, stack)
+        self.mlp = feed_forward(kit, stack)
         self.mlp_residual = Residual(kit, f"{site}.mlp", stack)
         self._grid = kit.grid
 
-    def forward(self, x: Tensor, tokens: Tensor, sequences: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x: [tokens, hidden] -> [tokens, hidden]; tokens and sequences describe the micro-batch (`packed`)."""
+    def forward(
+        self, x: Tensor, tokens: Tensor, sequences: Tensor, bias: Tensor | None = None, balance: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x: [tokens, hidden] -> [tokens, hidden], and the balancing loss so far where there are experts.
+
+        tokens and sequences describe the micro-batch (`packed`).
+        """
         where = packed(tokens, sequences, self._grid)
         x = self.attention_residual(x, lambda h: self.attention(h, where, bias=bias), where)
-        output: Tensor = self.mlp_residual(x, self.mlp, where)
-        return output
+        return with_balance(self.mlp_residual(x, self.mlp, where), self.mlp, balance)
 
 
 class CrossBlock(nn.Module):
@@ -55,7 +58,7 @@ class CrossBlock(nn.Module):
         self.attention_residual = Residual(kit, f"{site}.attention", "decoder")
         self.cross_attention = Attention(kit, f"{site}.cross_attention", "decoder", "bidirectional", cross=True)
         self.cross_attention_residual = Residual(kit, f"{site}.cross_attention", "decoder")
-        self.mlp = MLP(kit, "decoder")
+        self.mlp = feed_forward(kit, "decoder")
         self.mlp_residual = Residual(kit, f"{site}.mlp", "decoder")
         self._grid = kit.grid
 
@@ -68,40 +71,11 @@ class CrossBlock(nn.Module):
         tokens: Tensor,
         sequences: Tensor,
         bias: Tensor | None = None,
-    ) -> Tensor:
-        """y: [target tokens, hidden], memory: [tokens, hidden] -> [target tokens, hidden]."""
+        balance: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """y: [target tokens, hidden], memory: [tokens, hidden] -> as `Block`, for the target."""
         where = packed(target_tokens, target_sequences, self._grid)
         read: Packed = packed(tokens, sequences, self._grid)
         y = self.attention_residual(y, lambda h: self.attention(h, where, bias=bias), where)
         y = self.cross_attention_residual(y, lambda h: self.cross_attention(h, where, memory, read), where)
-        output: Tensor = self.mlp_residual(y, self.mlp, where)
-        return output
-
-
-class ExpertBlock(nn.Module):
-    """A layer whose feed-forward network is a mixture of experts; its load-balancing loss travels with the stream."""
-
-    def __init__(self, kit: Kit, site: str, stack: Stack) -> None:
-        super().__init__()
-        self.attention = Attention(kit, f"{site}.attention", stack, pattern_of(kit, stack))
-        self.attention_residual = Residual(kit, f"{site}.attention", stack)
-        self.experts = MixtureOfExperts(kit, stack)
-        self.mlp_residual = Residual(kit, f"{site}.mlp", stack)
-        self._grid = kit.grid
-
-    def forward(
-        self, x: Tensor, tokens: Tensor, sequences: Tensor, balance: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """x: [tokens, hidden], balance: the sum of the balancing losses of the layers before -> both."""
-        where = packed(tokens, sequences, self._grid)
-        x = self.attention_residual(x, lambda h: self.attention(h, where), where)
-        losses: list[Tensor] = []
-
-        def branch(h: Tensor) -> Tensor:
-            output: Tensor
-            output, loss = self.experts(h)
-            losses.append(loss)
-            return output
-
-        x = self.mlp_residual(x, branch, where)
-        return x, losses[0] if balance is None else balance + losses[0]
+        return with_balance(self.mlp_residual(y, self.mlp, where), self.mlp, balance)

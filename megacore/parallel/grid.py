@@ -70,6 +70,11 @@ class ParallelGrid:
         return self.data_parallel_size * self.ulysses_parallel_size
 
     @property
+    def expert_group_name(self) -> str:
+        """DeepSpeed's name of the groups of ranks that share, or that repeat, the experts."""
+        return f"ep_size_{self.expert_parallel_size}"
+
+    @property
     def shard(self) -> Shard:
         """Which part of the sharded axes this process holds."""
         return Shard(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
@@ -41,6 +42,7 @@ def join_world() -> torch.device:
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(f"LOCAL_RANK={local_rank}, but this node has {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(local_rank)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed compiles an op here that only its inference uses; the attribute path is shadowed by torch itself.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, timeout=_TIMEOUT, verbose=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -121,19 +121,29 @@ class TrainingEngine:
             group["weight_decay"] = self._config.training.weight_decay / multiplier if group["decays"] else 0.0
 
 
+class _Kind(NamedTuple):
+    """What the parameters of a group have in common."""
+
+    learning_rate: float
+    adam_eps: float
+    decays: bool
+    is_expert: bool
+
+
 def _parameter_groups(
     model: nn.Module, config: RunConfig, multipliers: Multipliers | None, grid: ParallelGrid
 ) -> list[dict[str, Any]]:
-    """Group the parameters that share learning-rate multiplier, eps and decay.
+    """Group the parameters that share learning-rate multiplier, eps, decay and ranks.
 
     Every pipeline stage has the same groups in the same order: DeepSpeed reduces the gradient's norm group by group,
     over all stages. A stage without parameters of a kind has one number of its own there, which nothing reads.
     """
-    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    groups: dict[_Kind, list[nn.Parameter]] = {}
     for name, parameter in declared(model):
         rate = multipliers.learning_rate[name] if multipliers else 1.0
         eps = multipliers.adam_eps[name] if multipliers else 1.0
-        groups.setdefault((rate, eps, parameter.spec.is_matrix), []).append(parameter)
+        kind = _Kind(rate, eps, parameter.spec.is_matrix, parameter.spec.expert_dim is not None)
+        groups.setdefault(kind, []).append(parameter)
     kinds = sorted({kind for kinds in stage_gather(list(groups), grid) for kind in kinds})
     like = next(model.parameters()).detach().flatten()[:1]
     for number, kind in enumerate(kinds):
@@ -142,10 +152,12 @@ def _parameter_groups(
             model.register_parameter(f"{PLACEHOLDER}{number}", groups[kind][0])
     return [
         {
-            "params": groups[rate, eps, decays],
-            "multiplier": rate,
-            "eps": config.training.adam_eps * eps,
-            "decays": decays,
+            "params": groups[kind],
+            "multiplier": kind.learning_rate,
+            "eps": config.training.adam_eps * kind.adam_eps,
+            "decays": kind.decays,
+            # DeepSpeed's words: whether, and over which ranks, a group's experts are averaged.
+            **({"moe": True, "name": grid.expert_group_name} if kind.is_expert else {}),
         }
-        for rate, eps, decays in kinds
+        for kind in kinds
     ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
+import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -131,8 +132,7 @@ class PipelineRunner:
 def _deepspeed(
     model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], mpu: DeepSpeedGrid | None
 ) -> Any:
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints, too
         warnings.simplefilter("ignore")  # DeepSpeed's notes on torch's deprecations
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False

@@ -19,7 +19,8 @@ def test_a_compiled_model_has_the_same_loss_and_gradients() -> None:
     for compiled in (False, True):
         model = Transformer(Kit(config, Declare(config), ParallelGrid(), seed=1, compile=compiled))
         initialise(model, config, seed=1)
-        loss = plain_loss(model.train(), random_batch(config, samples=4))
+        batch = random_batch(config, samples=4)
+        loss = plain_loss(model.train()(batch), batch)
         loss.backward()
         losses.append(float(loss.detach()))
         gradients.append({name: parameter.grad for name, parameter in declared(model)})

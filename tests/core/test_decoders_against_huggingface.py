@@ -1,4 +1,4 @@
-"""Decoders compute what Hugging Face's LLaMA (grouped queries, tied or not), Qwen3 and GPT-2 compute."""
+"""Decoders compute what Hugging Face's LLaMA (grouped queries, tied or not), Qwen2 and 3, Mixtral and GPT-2 do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from megacore.model_config import ModelConfig
 from megacore.models.batch import ModelBatch
@@ -42,6 +53,9 @@ CASES: dict[str, dict[str, Any]] = {
     "llama": {**LLAMA, "tie_word_embeddings": False},
     "llama tied": LLAMA,
     "qwen3": {**LLAMA, "qk_norm": True, "rope_theta": 1e6, "head_dim": 8},
+    "qwen2": {**LLAMA, "attention_bias": True},
+    "mixtral": {**LLAMA, "num_experts": 4},
+    "mixtral of three": {**LLAMA, "num_experts": 5, "num_experts_per_token": 3},
     "gpt2": {**DECODER, "activation": "gelu_tanh"},
 }
 
@@ -60,7 +74,17 @@ def hugging_face(name: str, config: ModelConfig, dtype: torch.dtype) -> Any:
         same = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
         same += ("head_dim", "intermediate_size", "max_position_embeddings", "tie_word_embeddings", "rope_theta")
         values = {key: getattr(config, key) for key in same} | {"rms_norm_eps": config.norm_eps}
-        model = Qwen3ForCausalLM(Qwen3Config(**values)) if name == "qwen3" else LlamaForCausalLM(LlamaConfig(**values))
+        if config.num_experts:
+            values |= {"num_local_experts": config.num_experts, "num_experts_per_tok": config.num_experts_per_token}
+            values["experts_implementation"] = "eager"
+        kinds: dict[str, tuple[Any, Any]] = {
+            "qwen2": (Qwen2ForCausalLM, Qwen2Config),
+            "qwen3": (Qwen3ForCausalLM, Qwen3Config),
+            "mixtral": (MixtralForCausalLM, MixtralConfig),
+            "llama": (LlamaForCausalLM, LlamaConfig),
+        }
+        kind, configured = kinds[name.split()[0]]
+        model = kind(configured(**values))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2).add_(0.2 * torch.randn_like(parameter)) if parameter.dim() == 1 else parameter.mul_(2)
@@ -78,16 +102,28 @@ def llama_weights(source: Any, config: ModelConfig, of: Any) -> dict[str, torch.
     for number in range(config.num_hidden_layers):
         a, b = f"model.layers.{number}.", f"layers.{number}."
         pair = [theirs[f"{a}self_attn.{k}_proj.weight"].view(kv, size, hidden) for k in "kv"]
-        inner = [theirs[f"{a}mlp.{k}_proj.weight"] for k in ("gate", "up")]
         result |= {
             f"{b}attention.query_weight": theirs[f"{a}self_attn.q_proj.weight"].view(heads, size, hidden),
             f"{b}attention.key_value_weight": torch.stack(pair),
             f"{b}attention.output_weight": theirs[f"{a}self_attn.o_proj.weight"].view(hidden, heads, size),
             f"{b}attention_residual.norm.weight": theirs[f"{a}input_layernorm.weight"],
-            f"{b}mlp.up_weight": torch.stack(inner),
-            f"{b}mlp.down_weight": theirs[f"{a}mlp.down_proj.weight"],
             f"{b}mlp_residual.norm.weight": theirs[f"{a}post_attention_layernorm.weight"],
         }
+        if config.num_experts:
+            experts = f"{a}mlp.experts."
+            result |= {
+                f"{b}mlp.router_weight": theirs[f"{a}mlp.gate.weight"],
+                f"{b}mlp.experts.up_weight": theirs[f"{experts}gate_up_proj"].unflatten(1, (2, -1)),
+                f"{b}mlp.experts.down_weight": theirs[f"{experts}down_proj"],
+            }
+        else:
+            inner = [theirs[f"{a}mlp.{k}_proj.weight"] for k in ("gate", "up")]
+            result[f"{b}mlp.up_weight"] = torch.stack(inner)
+            result[f"{b}mlp.down_weight"] = theirs[f"{a}mlp.down_proj.weight"]
+        if config.attention_bias:
+            biases = [theirs[f"{a}self_attn.{k}_proj.bias"] for k in "kv"]
+            result[f"{b}attention.query_bias"] = theirs[f"{a}self_attn.q_proj.bias"].view(heads, size)
+            result[f"{b}attention.key_value_bias"] = torch.stack(biases).view(2, kv, size)
         if config.qk_norm:
             result |= {
                 f"{b}attention.{long}_norm.weight": theirs[f"{a}self_attn.{k}_norm.weight"]
@@ -144,7 +180,7 @@ def test_logits_and_gradients_equal_hugging_face(name: str, dtype: torch.dtype, 
     everywhere = torch.arange(sum(LENGTHS))
     sequences = torch.tensor([LENGTHS, (0,) * len(LENGTHS), range(len(LENGTHS))])
     tokens = torch.stack([ids, torch.zeros_like(ids), positions])
-    (logits,) = model(ModelBatch(tokens, sequences, everywhere, ids))
+    logits, *_ = model(ModelBatch(tokens, sequences, everywhere, ids))
     expected = torch.cat([source(input_ids=row[None]).logits[0] for row in ids.split(LENGTHS)])
     scale = float(expected.detach().abs().max())
     assert scale > 0.3  # not all alike

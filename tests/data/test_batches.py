@@ -182,15 +182,20 @@ def test_a_resumed_order_goes_on_where_it_stopped(datasets: Any) -> None:
             assert all(np.array_equal(a, b) for a, b in zip(vars(batch).values(), vars(again).values(), strict=True))
 
 
-def test_evaluation_takes_every_sample_once(datasets: Any) -> None:
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_evaluation_takes_every_sample_once_in_as_many_batches_on_every_replica(datasets: Any, kind: str) -> None:
     for replicas in (1, 2, 3):
-        taken = [
-            int(sample)
+        made = [
+            PretrainingBatches(datasets[kind], 9, 4 * replicas, 4, rank, replicas).evaluation_batches(25)
             for rank in range(replicas)
-            for batch in PretrainingBatches(datasets["lm"], 9, 4 * replicas, 4, rank, replicas).evaluation_batches(50)
-            for sample in batch.sequences[2]
         ]
-        assert sorted(taken) == list(range(50))
+        assert len({len(batches) for batches in made}) == 1
+        everything = [batch for batches in made for batch in batches]
+        samples = np.concatenate([batch.sequences[2] for batch in everything])
+        assert sorted(samples[samples >= 0]) == list(range(25))
+        blank = [batch for batch in everything if batch.sequences[2].tolist() == [-1]]
+        assert len(blank) == {1: 0, 2: 1, 3: 2}[replicas]  # of 13 and 12, of 9, 8 and 8 samples
+        assert all(len(batch.labels) == len(batch.label_positions) == 0 for batch in blank)
 
 
 @pytest.mark.parametrize("objective", get_args(Objective))

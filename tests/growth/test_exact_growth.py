@@ -36,7 +36,8 @@ TRAINED_STEPS = 12
 
 
 def text_loss(model: Transformer, seed: int) -> torch.Tensor:
-    return plain_loss(model.eval(), random_batch(model_config(), samples=8, seed=seed))
+    batch = random_batch(model_config(), samples=8, seed=seed)
+    return plain_loss(model.eval()(batch), batch)
 
 
 def adam(model: Transformer, multipliers: dict[str, tuple[float, float]] | None = None) -> torch.optim.AdamW:
