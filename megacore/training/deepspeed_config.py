@@ -72,6 +72,10 @@ def _check_stage(path: Path, zero: dict[str, Any], run: RunConfig) -> None:
             f"{path}: zero_optimization.stage=3 does not go together with num_experts={run.model.num_experts}: "
             "DeepSpeed's mixture of experts works with stages 1 and 2"
         )
+    if run.model.num_experts and not zero.get("reduce_scatter", True):
+        raise ConfigError(
+            f"{path}: zero_optimization.reduce_scatter=false averages experts over ranks that hold others; remove it"
+        )
     if "offload_param" in zero:
         raise ConfigError(
             f"{path}: remove zero_optimization.offload_param; the optimizer can be offloaded, weights not"

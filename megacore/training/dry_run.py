@@ -61,14 +61,15 @@ def estimate(config: RunConfig, world_size: int) -> RunEstimate:
     tokens = training.micro_batch_size * model.max_position_embeddings // parallel.ulysses_parallel_size
     per_token = model.hidden_size * width * (1 if training.activation_checkpointing else 17)
     stages = []
-    for number, (parameters, blocks) in enumerate(_stages(config)):
+    for number, (dense, experts, blocks) in enumerate(_stages(config)):
+        parameters = dense + experts
         in_flight = min(parallel.pipeline_parallel_size - number, training.gradient_accumulation_steps(replicas))
         stages.append(
             StageEstimate(
                 parameters=parameters,
                 weights=parameters * width // (shares if stage == 3 else 1),
                 gradients=parameters * width // (shares if stage >= 2 else 1),
-                optimizer=parameters * 12 // shares,
+                optimizer=(dense + experts * parallel.expert_parallel_size) * 12 // shares,
                 activations=in_flight * blocks * tokens * per_token // parallel.tensor_parallel_size,
             )
         )
@@ -83,10 +84,11 @@ def estimate(config: RunConfig, world_size: int) -> RunEstimate:
     )
 
 
-def _stages(config: RunConfig) -> list[tuple[int, int]]:
-    """Return each pipeline stage's (parameters of a rank, blocks), cut as DeepSpeed cuts them."""
+def _stages(config: RunConfig) -> list[tuple[int, int, int]]:
+    """Return each pipeline stage's (dense parameters of a rank, its experts', blocks), cut as DeepSpeed cuts them."""
     model, parallel = config.model, config.parallel
-    declare = Declare(model, Shard(tensor_parts=parallel.tensor_parallel_size), device="meta")
+    shard = Shard(tensor_parts=parallel.tensor_parallel_size, expert_parts=parallel.expert_parallel_size)
+    declare = Declare(model, shard, device="meta")
     layers = layer_list(model)
     names = carried_names(model, layers)
     sizes: list[dict[str, int]] = []
@@ -104,5 +106,7 @@ def _stages(config: RunConfig) -> list[tuple[int, int]]:
     stages = []
     for start, stop in pairwise(bounds):
         held = {name: size for part in sizes[start:stop] for name, size in part.items()}  # tied tables once
-        stages.append((sum(held.values()), sum(".layers." in f".{layer.prefix}" for layer in layers[start:stop])))
+        experts = sum(size for name, size in held.items() if ".mlp.experts." in name)
+        blocks = sum(".layers." in f".{layer.prefix}" for layer in layers[start:stop])
+        stages.append((sum(held.values()) - experts, experts, blocks))
     return stages

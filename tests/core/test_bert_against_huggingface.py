@@ -1,4 +1,4 @@
-"""The model computes what Hugging Face's BertForPreTraining computes, whole and tensor parallel."""
+"""The model computes what Hugging Face's BERT (whole and tensor parallel) and RoFormer compute."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForPreTraining
+from transformers import BertConfig, BertForPreTraining, RoFormerConfig, RoFormerForMaskedLM
 
 from megacore.config import ParallelConfig
 from megacore.model_config import ModelConfig
@@ -25,17 +25,19 @@ BATCH, SEQ = 4, 24
 LENGTHS = (SEQ, 9, 17, SEQ)
 
 
-def hugging_face(config: ModelConfig, dtype: torch.dtype = torch.float32) -> BertForPreTraining:
+ROFORMER = {"objective": "mlm", "position_embedding": "rotary_interleaved"}
+CASES: dict[str, dict[str, Any]] = {"bert": {}, "roformer": ROFORMER}
+
+
+def hugging_face(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
-    model = BertForPreTraining(
-        BertConfig(
-            **{key: getattr(config, key) for key in ("vocab_size", "hidden_size", "num_hidden_layers")},
-            **{key: getattr(config, key) for key in ("num_attention_heads", "intermediate_size")},
-            max_position_embeddings=config.max_position_embeddings,
-            initializer_range=config.initializer_range,
-            layer_norm_eps=config.norm_eps,
-        )
-    )
+    same = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    same += ("max_position_embeddings", "initializer_range")
+    values = {key: getattr(config, key) for key in same} | {"layer_norm_eps": config.norm_eps}
+    if config.objective == "mlm":
+        model: Any = RoFormerForMaskedLM(RoFormerConfig(**values))
+    else:
+        model = BertForPreTraining(BertConfig(**values))
     with torch.no_grad():  # gains and biases too, so that each of them is tested
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -43,50 +45,58 @@ def hugging_face(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Ber
     return model.to(dtype).eval()
 
 
-def carried_over(source: BertForPreTraining, config: ModelConfig) -> dict[str, torch.Tensor]:
-    """Name Hugging Face's weights as megacore's, written down by hand."""
-    weights = {name: tensor.detach() for name, tensor in source.state_dict().items()}
+def carried_over(source: Any, config: ModelConfig, of: Any = torch.Tensor.detach) -> dict[str, torch.Tensor]:
+    """Name Hugging Face's weights (or gradients, as ``of`` picks them) as megacore's, written down by hand."""
     heads = (config.num_attention_heads, config.head_dim)
     hidden = config.hidden_size
-    bert, cls = "bert.", "cls.predictions."
+    body, cls = f"{source.base_model_prefix}.", "cls.predictions."
+
+    def theirs(name: str) -> torch.Tensor:
+        found: torch.Tensor = of(source.get_parameter(name))
+        return found
+
     result = {
-        "embeddings.word": weights[bert + "embeddings.word_embeddings.weight"],
-        "embeddings.position": weights[bert + "embeddings.position_embeddings.weight"],
-        "embeddings.segment": weights[bert + "embeddings.token_type_embeddings.weight"],
-        "embeddings.norm.weight": weights[bert + "embeddings.LayerNorm.weight"],
-        "embeddings.norm.bias": weights[bert + "embeddings.LayerNorm.bias"],
-        "lm_head.transform_weight": weights[cls + "transform.dense.weight"],
-        "lm_head.transform_bias": weights[cls + "transform.dense.bias"],
-        "lm_head.norm.weight": weights[cls + "transform.LayerNorm.weight"],
-        "lm_head.norm.bias": weights[cls + "transform.LayerNorm.bias"],
-        "lm_head.bias": weights[cls + "bias"],
-        "nsp_head.pooler_weight": weights[bert + "pooler.dense.weight"],
-        "nsp_head.pooler_bias": weights[bert + "pooler.dense.bias"],
-        "nsp_head.weight": weights["cls.seq_relationship.weight"],
-        "nsp_head.bias": weights["cls.seq_relationship.bias"],
+        "embeddings.word": theirs(body + "embeddings.word_embeddings.weight"),
+        "embeddings.segment": theirs(body + "embeddings.token_type_embeddings.weight"),
+        "embeddings.norm.weight": theirs(body + "embeddings.LayerNorm.weight"),
+        "embeddings.norm.bias": theirs(body + "embeddings.LayerNorm.bias"),
+        "lm_head.transform_weight": theirs(cls + "transform.dense.weight"),
+        "lm_head.transform_bias": theirs(cls + "transform.dense.bias"),
+        "lm_head.norm.weight": theirs(cls + "transform.LayerNorm.weight"),
+        "lm_head.norm.bias": theirs(cls + "transform.LayerNorm.bias"),
+        "lm_head.bias": theirs(cls + "decoder.bias"),
     }
-    for number in range(config.num_hidden_layers):
-        theirs, ours = f"{bert}encoder.layer.{number}.", f"layers.{number}."
-        attention = theirs + "attention.self."
+    if config.position_embedding == "learned":
+        result["embeddings.position"] = theirs(body + "embeddings.position_embeddings.weight")
+    if config.objective == "mlm_nsp":
         result |= {
-            ours + "attention.query_weight": weights[attention + "query.weight"].view(*heads, hidden),
-            ours + "attention.query_bias": weights[attention + "query.bias"].view(*heads),
+            "nsp_head.pooler_weight": theirs(body + "pooler.dense.weight"),
+            "nsp_head.pooler_bias": theirs(body + "pooler.dense.bias"),
+            "nsp_head.weight": theirs("cls.seq_relationship.weight"),
+            "nsp_head.bias": theirs("cls.seq_relationship.bias"),
+        }
+    for number in range(config.num_hidden_layers):
+        layer, ours = f"{body}encoder.layer.{number}.", f"layers.{number}."
+        attention = layer + "attention.self."
+        result |= {
+            ours + "attention.query_weight": theirs(attention + "query.weight").view(*heads, hidden),
+            ours + "attention.query_bias": theirs(attention + "query.bias").view(*heads),
             ours + "attention.key_value_weight": torch.stack(
-                [weights[attention + name].view(*heads, hidden) for name in ("key.weight", "value.weight")]
+                [theirs(attention + name).view(*heads, hidden) for name in ("key.weight", "value.weight")]
             ),
             ours + "attention.key_value_bias": torch.stack(
-                [weights[attention + name].view(*heads) for name in ("key.bias", "value.bias")]
+                [theirs(attention + name).view(*heads) for name in ("key.bias", "value.bias")]
             ),
-            ours + "attention.output_weight": weights[theirs + "attention.output.dense.weight"].view(hidden, *heads),
-            ours + "attention.output_bias": weights[theirs + "attention.output.dense.bias"],
-            ours + "attention_residual.norm.weight": weights[theirs + "attention.output.LayerNorm.weight"],
-            ours + "attention_residual.norm.bias": weights[theirs + "attention.output.LayerNorm.bias"],
-            ours + "mlp.up_weight": weights[theirs + "intermediate.dense.weight"],
-            ours + "mlp.up_bias": weights[theirs + "intermediate.dense.bias"],
-            ours + "mlp.down_weight": weights[theirs + "output.dense.weight"],
-            ours + "mlp.down_bias": weights[theirs + "output.dense.bias"],
-            ours + "mlp_residual.norm.weight": weights[theirs + "output.LayerNorm.weight"],
-            ours + "mlp_residual.norm.bias": weights[theirs + "output.LayerNorm.bias"],
+            ours + "attention.output_weight": theirs(layer + "attention.output.dense.weight").view(hidden, *heads),
+            ours + "attention.output_bias": theirs(layer + "attention.output.dense.bias"),
+            ours + "attention_residual.norm.weight": theirs(layer + "attention.output.LayerNorm.weight"),
+            ours + "attention_residual.norm.bias": theirs(layer + "attention.output.LayerNorm.bias"),
+            ours + "mlp.up_weight": theirs(layer + "intermediate.dense.weight"),
+            ours + "mlp.up_bias": theirs(layer + "intermediate.dense.bias"),
+            ours + "mlp.down_weight": theirs(layer + "output.dense.weight"),
+            ours + "mlp.down_bias": theirs(layer + "output.dense.bias"),
+            ours + "mlp_residual.norm.weight": theirs(layer + "output.LayerNorm.weight"),
+            ours + "mlp_residual.norm.bias": theirs(layer + "output.LayerNorm.bias"),
         }
     return result
 
@@ -106,8 +116,8 @@ def inputs(vocab_size: int) -> ModelBatch:
     )
 
 
-def expected_logits(model: BertForPreTraining, batch: ModelBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad the sequences, as Hugging Face wants them, and pick the real tokens' logits."""
+def expected_logits(model: Any, batch: ModelBatch) -> tuple[torch.Tensor, ...]:
+    """Pad the sequences, as Hugging Face wants them, and pick the labelled tokens' logits; then the pairs'."""
     ids, segments, mask = torch.zeros(3, BATCH, SEQ, dtype=torch.long)
     start = 0
     for row, length in enumerate(LENGTHS):
@@ -115,6 +125,8 @@ def expected_logits(model: BertForPreTraining, batch: ModelBatch) -> tuple[torch
         mask[row, :length] = 1
         start += length
     output = model(input_ids=ids, token_type_ids=segments, attention_mask=mask)
+    if "logits" in output:
+        return (output.logits[mask.bool()][batch.label_positions],)
     return output.prediction_logits[mask.bool()][batch.label_positions], output.seq_relationship_logits
 
 
@@ -131,16 +143,29 @@ def filled(
     return model
 
 
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
-def test_logits_equal_hugging_face(dtype: torch.dtype, tolerance: float) -> None:
-    config = model_config()
+def test_logits_and_gradients_equal_hugging_face(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    if name == "roformer":
+        tolerance = max(tolerance, 1e-6)  # Hugging Face's angles are float32 in float64 too
+    config = model_config(**CASES[name])
     reference, batch = hugging_face(config, dtype), inputs(config.vocab_size)
     model = filled(config, carried_over(reference, config), ParallelGrid(), dtype)
-    with torch.inference_mode():
-        ours, (mlm, nsp) = model(batch), expected_logits(reference, batch)
-    scale = 1.0 if dtype == torch.float32 else float(mlm.abs().max())
-    assert float((ours[0] - mlm).abs().max()) <= tolerance * scale
-    assert float((ours[1] - nsp).abs().max()) <= tolerance * scale
+    ours, theirs = model(batch), expected_logits(reference, batch)
+    assert len(ours) == len(theirs)
+    for found, expected in zip(ours, theirs, strict=True):
+        scale = 1.0 if dtype == torch.float32 else float(expected.detach().abs().max())
+        assert float((found - expected).detach().abs().max()) <= tolerance * scale
+    for outputs in (ours, theirs):
+        loss = torch.nn.functional.cross_entropy(outputs[0], batch.labels)
+        if len(outputs) > 1:
+            loss = loss + torch.nn.functional.cross_entropy(outputs[1], batch.pair_labels)
+        loss.backward()
+    gradients = carried_over(reference, config, lambda parameter: parameter.grad)
+    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
+    for key, parameter in declared(model):
+        assert parameter.grad is not None
+        assert float((parameter.grad - gradients[key]).abs().max()) <= tolerance * largest, key
 
 
 def tensor_parallel_logits(size: int) -> Any:

@@ -208,6 +208,20 @@ def test_pipelines_refuse_the_zero_stages_that_deepspeed_cannot_pipeline(tmp_pat
         resolve_deepspeed_config(config, 1)
 
 
+@pytest.mark.parametrize(
+    ("zero", "part"), [({"stage": 3}, "stage=3"), ({"stage": 1, "reduce_scatter": False}, "reduce_scatter=false")]
+)
+def test_experts_refuse_what_deepspeed_would_average_over_other_experts(
+    tmp_path: Path, zero: dict[str, Any], part: str
+) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": zero}))
+    config = run(path)
+    config = config.model_copy(update={"model": validated(ModelConfig, {**MODEL, "num_experts": 4})})
+    with pytest.raises(ConfigError, match=f"zero_optimization.{part}"):
+        resolve_deepspeed_config(config, 1)
+
+
 def test_model_config_names_divisors() -> None:
     with pytest.raises(ConfigError, match=r"num_attention_heads=5 does not divide hidden_size=24"):
         validated(ModelConfig, {**MODEL, "num_attention_heads": 5})

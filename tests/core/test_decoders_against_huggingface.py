@@ -1,4 +1,7 @@
-"""Decoders compute what Hugging Face's LLaMA (grouped queries, tied or not), Qwen2 and 3, Mixtral and GPT-2 do."""
+"""Decoders compute what Hugging Face's do: LLaMA (grouped queries, tied or not), Qwen2 and 3, Mixtral, GPT-2.
+
+A prefix LM computes what GPT-2 does with a mask that lets every token see the prefix.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ from megacore.parallel.grid import ParallelGrid
 from megacore.params import Declare, declared
 from tests.models import model_config
 
-LENGTHS = (24, 9, 17)
+LENGTHS, PREFIXES = (24, 9, 17), (7, 0, 17)
 DECODER: dict[str, Any] = {
     "architecture": "decoder",
     "objective": "causal_lm",
@@ -57,12 +60,13 @@ CASES: dict[str, dict[str, Any]] = {
     "mixtral": {**LLAMA, "num_experts": 4},
     "mixtral of three": {**LLAMA, "num_experts": 5, "num_experts_per_token": 3},
     "gpt2": {**DECODER, "activation": "gelu_tanh"},
+    "gpt2 as prefix lm": {**DECODER, "activation": "gelu_tanh", "objective": "prefix_lm"},
 }
 
 
 def hugging_face(name: str, config: ModelConfig, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
-    if name == "gpt2":
+    if name.startswith("gpt2"):
         sizes = {
             "n_embd": config.hidden_size,
             "n_layer": config.num_hidden_layers,
@@ -162,13 +166,19 @@ def gpt2_weights(source: Any, config: ModelConfig, of: Any) -> dict[str, torch.T
     return result
 
 
+def seen(length: int, prefix: int) -> torch.Tensor:
+    """Return which keys (columns) a query (row) may see: those not after it, and the prefix."""
+    query, key = torch.meshgrid(torch.arange(length), torch.arange(length), indexing="ij")
+    return (key <= query) | (key < prefix)
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-5)])
 def test_logits_and_gradients_equal_hugging_face(name: str, dtype: torch.dtype, tolerance: float) -> None:
     """In float64 too Hugging Face computes norms and angles in float32: that bounds the comparison."""
     config = model_config(**CASES[name])
     source = hugging_face(name, config, dtype)
-    carry = gpt2_weights if name == "gpt2" else llama_weights
+    carry = gpt2_weights if name.startswith("gpt2") else llama_weights
     model = Transformer(Kit(config, Declare(config, dtype=dtype), ParallelGrid())).eval()
     weights = carry(source, config, lambda parameter: parameter.detach())
     assert weights.keys() == dict(declared(model)).keys()
@@ -178,10 +188,16 @@ def test_logits_and_gradients_equal_hugging_face(name: str, dtype: torch.dtype, 
     positions = torch.cat([torch.arange(n) for n in LENGTHS])
     ids = torch.randint(0, config.vocab_size, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
     everywhere = torch.arange(sum(LENGTHS))
-    sequences = torch.tensor([LENGTHS, (0,) * len(LENGTHS), range(len(LENGTHS))])
+    prefixes = PREFIXES if config.objective == "prefix_lm" else (0,) * len(LENGTHS)
+    sequences = torch.tensor([LENGTHS, prefixes, range(len(LENGTHS))])
     tokens = torch.stack([ids, torch.zeros_like(ids), positions])
     logits, *_ = model(ModelBatch(tokens, sequences, everywhere, ids))
-    expected = torch.cat([source(input_ids=row[None]).logits[0] for row in ids.split(LENGTHS)])
+    expected = torch.cat(
+        [
+            source(input_ids=row[None], attention_mask=seen(len(row), prefix)[None, None]).logits[0]
+            for row, prefix in zip(ids.split(LENGTHS), prefixes, strict=True)
+        ]
+    )
     scale = float(expected.detach().abs().max())
     assert scale > 0.3  # not all alike
     assert float((logits - expected).detach().abs().max()) <= tolerance

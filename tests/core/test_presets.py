@@ -14,6 +14,10 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    RoFormerConfig,
+    RoFormerForMaskedLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -41,6 +45,7 @@ def count(preset: str) -> int:
         ("deepnorm-bert-base", BertForPreTraining, BertConfig()),
         ("gpt2", GPT2LMHeadModel, GPT2Config()),
         ("unilm-base", GPT2LMHeadModel, GPT2Config()),
+        ("mixtral-8x7b", MixtralForCausalLM, MixtralConfig()),
         ("llama-1b3", LlamaForCausalLM, LlamaConfig(vocab_size=32000, **LLAMA)),
     ],
 )
@@ -55,6 +60,24 @@ def test_t5_has_an_output_table_of_its_own_beside_what_hugging_face_ties() -> No
         reference = T5ForConditionalGeneration(T5Config(feed_forward_proj="gated-gelu", **T5))
     tied = sum(parameter.numel() for parameter in reference.parameters())
     assert count("t5-v1_1-base") == tied + T5["vocab_size"] * T5["d_model"]
+
+
+def test_roformer_keeps_no_table_of_sines() -> None:
+    with torch.device("meta"):
+        reference = RoFormerForMaskedLM(RoFormerConfig())
+    everything = sum(parameter.numel() for parameter in reference.parameters())
+    assert count("roformer-base") == everything - 1536 * 64  # Hugging Face counts the sines of its angles
+
+
+def test_a_post_norm_decoder_has_no_final_norm() -> None:
+    assert count("deepnorm-gpt-base") == count("gpt2") - 2 * 768
+
+
+def test_a_decoder_layer_that_reads_an_encoder_has_a_second_attention() -> None:
+    attention, mlp, norm = 4 * (768**2 + 768), 2 * 768 * 3072 + 768 + 3072, 2 * 768
+    layers = 12 * (attention + mlp + 2 * norm) + 12 * (2 * attention + mlp + 3 * norm)
+    assert count("rope-encoder-decoder-base") == layers + 32128 * 768 + 2 * norm
+    assert count("deepnorm-encoder-decoder-base") == layers + (32128 + 2 * 512) * 768
 
 
 def test_roformer_v2_has_matrices_and_tables_only() -> None:

@@ -35,6 +35,17 @@ def test_zero_shares_what_its_stage_shares(tmp_path: Path) -> None:
     assert {stage.optimizer for stage in stages} == {size * 12 // 4}
 
 
+def test_experts_are_shared_by_the_expert_parallel_ranks(tmp_path: Path) -> None:
+    config = run_config(tmp_path, tmp_path, num_experts=4, expert_parallel_size=2)
+    (stage,) = estimate(config, 4).stages
+    sizes = {name: math.prod(spec.shape) for name, spec in declarations(config.model).items()}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    dense = sum(sizes.values()) - experts
+    assert experts > 0
+    assert stage.parameters == dense + experts // 2
+    assert stage.optimizer == 12 * dense // 4 + 12 * (experts // 2) // 2  # two replicas of each half of the experts
+
+
 def test_the_tied_table_is_on_the_first_and_the_last_stage(tmp_path: Path) -> None:
     found = estimate(run_config(tmp_path, tmp_path, pipeline_parallel_size=2), 2)
     assert sum(stage.parameters for stage in found.stages) == sum(WHOLE.values()) + WHOLE["embeddings.word"]
