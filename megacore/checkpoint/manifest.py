@@ -11,7 +11,16 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 
 from megacore.errors import CheckpointError, ConfigError
 from megacore.model_config import ModelConfig
@@ -84,6 +93,18 @@ class Layout(Record):
     data_parallel_size: PositiveInt = 1
 
 
+class LossScaling(Record):
+    """Where fp16's dynamic loss scale stands."""
+
+    scale: PositiveFloat
+    step: NonNegativeInt
+    """Steps that the scale has seen, skipped ones too."""
+    last_overflow: int
+    """The step at which gradients last overflowed; -1 for never."""
+    hysteresis: NonNegativeInt
+    """Overflows that are still borne before the scale is halved."""
+
+
 class Progress(Record):
     """How far training has come, over the whole lineage."""
 
@@ -96,6 +117,7 @@ class Progress(Record):
     consumed_samples: NonNegativeInt = 0
     tokens: NonNegativeInt = 0
     flops: NonNegativeFloat = 0.0
+    loss_scaling: LossScaling | None = None
 
 
 class Annealing(Record):

@@ -75,8 +75,15 @@ class TrainingEngine:
         """DeepSpeed's optimizer, which wraps AdamW."""
         return self._runner.engine.optimizer
 
+    @property
+    def skipped(self) -> bool:
+        """Whether the last step changed nothing, because fp16's gradients overflowed at the present loss scale."""
+        return not self._runner.engine.was_step_applied()
+
     def step(self, batches: Sequence[ModelBatch], step: int, learning_rate: float) -> tuple[Sums, float]:
         """Train on a replica's micro-batches of one global batch; return global sums and the gradient's norm.
+
+        Where fp16's gradients overflow, the step is skipped and the norm infinite.
 
         Args:
             batches: this replica's micro-batches.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import yaml
+from deepspeed.accelerator import get_accelerator
 
 from data_pipeline.loader import Batch, PretrainingBatches
 from megacore.checkpoint.manifest import (
@@ -32,6 +33,7 @@ from megacore.training.batches import model_batch, open_data
 from megacore.training.deepspeed_config import resolve_deepspeed_config
 from megacore.training.distributed import join_world, leave_world
 from megacore.training.engine import Multipliers, TrainingEngine
+from megacore.training.loss_scaling import check_loss_scale, read_loss_scaling, set_loss_scaling
 from megacore.training.metrics import MetricsLog, memory_gb
 from megacore.training.partition import load_state, pieces_to_write
 from megacore.training.progress import StepProgress
@@ -46,8 +48,8 @@ def train(config: RunConfig) -> None:
         MegacoreError: on every rank alike, if any rank finds something wrong before the first step.
     """
     device = join_world()
-    if config.training.dtype == "fp16" and device.type == "cpu":
-        raise ConfigError("dtype=fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    if config.training.dtype == "fp16" and not get_accelerator().is_fp16_supported():
+        raise ConfigError("dtype=fp16 does not work on this device; use bf16 or fp32")
     TrainingStage(config, ParallelGrid.create(config.parallel), TorchRanks(), device).run()
     leave_world()  # only after success: a rank that failed must end, not wait for the others
 
@@ -114,6 +116,7 @@ class TrainingStage:
         with together(group):
             if self._start.reader is not None:
                 load_state(self._engine, self._start.reader)
+                set_loss_scaling(self._engine.optimizer, self._start.progress.loss_scaling)
         self._progress = self._start.progress
         self._log: MetricsLog | None = None
 
@@ -196,15 +199,20 @@ class TrainingStage:
         rate = learning_rate(training, progress.step - progress.stage_first_step)
         sums, gradient_norm = self._engine.step(batches, progress.step, rate)
         means = sums.means(self._config.model.objective)
-        _check_finite(means["loss"], gradient_norm, progress.step + 1)
+        skipped = self._engine.skipped
+        if skipped:
+            check_loss_scale(self._engine.optimizer, progress.step + 1)
+        else:
+            _check_finite(means["loss"], gradient_norm, progress.step + 1)
         seconds = time.perf_counter() - began
         self._progress = progress.model_copy(
             update={
                 "step": progress.step + 1,
-                "optimizer_step": progress.optimizer_step + 1,
+                "optimizer_step": progress.optimizer_step + (not skipped),
                 "consumed_samples": progress.consumed_samples + training.global_batch_size,
                 "tokens": progress.tokens + int(sums["tokens"]),
                 "flops": progress.flops + self._flops(batches),
+                "loss_scaling": read_loss_scaling(self._engine.optimizer),
             }
         )
         step = self._progress.step
@@ -213,13 +221,16 @@ class TrainingStage:
             figures = {
                 **means,
                 "learning_rate": rate,
-                "gradient_norm": gradient_norm,
                 "tokens_per_second": sums["tokens"] / seconds,
                 "tokens": self._progress.tokens,
                 "flops": self._progress.flops,
                 "seconds": seconds,
                 "memory_gb": memory_gb(self._device),
             }
+            if not skipped:  # else it is infinite
+                figures["gradient_norm"] = gradient_norm
+            if self._progress.loss_scaling is not None:
+                figures["loss_scale"] = self._progress.loss_scaling.scale
             self._log.write("train", step, figures)
 
     def _on_device(self, batches: list[Batch]) -> list[ModelBatch]:

@@ -39,6 +39,8 @@ def pieces_to_write(engine: TrainingEngine, grid: ParallelGrid) -> list[PieceToW
 
     Parameters that tensor-parallel ranks replicate are saved by the first of them, tied ones by the first stage.
     """
+    if not engine.optimizer.optimizer.state:  # every step so far was skipped
+        _make_moments(engine, 0)
     pieces = []
     for name, parameter in declared(engine.model):
         if name not in engine.owned or (parameter.spec.sharded_dim is None and grid.tensor_parallel_rank > 0):
