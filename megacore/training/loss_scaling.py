@@ -40,6 +40,6 @@ def check_loss_scale(optimizer: Any, step: int) -> None:
     scaler = optimizer.loss_scaler
     if isinstance(scaler, DynamicLossScaler) and scaler.cur_scale <= scaler.min_scale:
         raise MegacoreError(
-            f"step {step}: gradients overflow fp16 down to the least loss scale, {scaler.min_scale}: training diverged; "
+            f"step {step}: fp16 gradients overflow down to the least scale, {scaler.min_scale}; training diverged: "
             "lower learning_rate, raise warmup_steps or set dtype=bf16, and run again to go on from the last checkpoint"
         )

@@ -56,18 +56,23 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[str, RunC
     def config(name: str, **changes: Any) -> RunConfig:
         return run_config(folder / name, data, **changes)
 
-    zero2 = str(Path(__file__).parents[2] / "ds_configs" / "zero2.json")
+    zero2, zero3 = (str(Path(__file__).parents[2] / "ds_configs" / f"{name}.json") for name in ("zero2", "zero3"))
+    resumable: dict[str, dict[str, Any]] = {
+        "tp2": {"tensor_parallel_size": 2},
+        "dp2": {},
+        "pp2": {"pipeline_parallel_size": 2},
+        "zero3": {"deepspeed_config": zero3},
+        "experts": {"num_experts": 4, "expert_parallel_size": 2},
+    }
     made = {
         "single": config("single"),
-        "tp2": config("tp2", tensor_parallel_size=2),
-        "dp2": config("dp2"),
+        **{name: config(name, **changes) for name, changes in resumable.items()},
+        **{f"{name} resumed": config(f"{name}-resumed", **changes) for name, changes in resumable.items()},
         "dp2 zero2": config("dp2-zero2", deepspeed_config=zero2),
         "bf16 tp2": config("bf16-tp2", tensor_parallel_size=2, dtype="bf16"),
         "tp2 dp2": config("tp2-dp2", tensor_parallel_size=2),
         "tp4": config("tp4", tensor_parallel_size=4),
         "single resumed": config("single-resumed"),
-        "tp2 resumed": config("tp2-resumed", tensor_parallel_size=2),
-        "dp2 resumed": config("dp2-resumed"),
         "tp2 from dp2": config("tp2-from-dp2", tensor_parallel_size=2),
         "dp2 from tp2": config("dp2-from-tp2"),
         "tp2 dp2 from single": config("tp2-dp2-from-single", tensor_parallel_size=2),
@@ -83,9 +88,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[str, RunC
     launches: dict[int, dict[str, str | None]] = {
         1: {"single": None, "single resumed": "single"},
         2: {
-            **dict.fromkeys(["tp2", "dp2", "dp2 zero2", "bf16 tp2"]),
-            "tp2 resumed": "tp2",
-            "dp2 resumed": "dp2",
+            **dict.fromkeys([*resumable, "dp2 zero2", "bf16 tp2"]),
+            **{f"{name} resumed": name for name in resumable},
             "tp2 from dp2": "dp2",
             "dp2 from tp2": "tp2",
         },
@@ -133,7 +137,7 @@ def test_bf16_follows_the_fp32_run(runs: dict[str, RunConfig], reference: tuple[
     assert figures(runs["bf16 tp2"], "loss") == pytest.approx(reference[0], rel=3e-2)
 
 
-@pytest.mark.parametrize("resumed", ["single", "tp2", "dp2"])
+@pytest.mark.parametrize("resumed", ["single", "tp2", "dp2", "pp2", "zero3", "experts"])
 def test_a_resumed_run_ends_with_the_same_bits(runs: dict[str, RunConfig], resumed: str) -> None:
     readers = [
         CheckpointReader(checkpoint_path(runs[name].training.output_dir, STEPS))
@@ -163,7 +167,7 @@ def test_a_run_resumed_at_another_layout_goes_on_alike(
     assert figures(runs[name], "loss") == pytest.approx(reference[0][STEPS // 2 :], abs=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["tp2", "dp2", "tp2 dp2", "tp4"])
+@pytest.mark.parametrize("layout", ["tp2", "dp2", "pp2", "zero3", "tp2 dp2", "tp4"])
 def test_checkpoints_of_all_layouts_hold_the_same_model_and_optimizer(runs: dict[str, RunConfig], layout: str) -> None:
     single, other = (
         CheckpointReader(checkpoint_path(runs[name].training.output_dir, STEPS)) for name in ("single", layout)
