@@ -243,8 +243,10 @@ def declared(model: nn.Module) -> Iterator[tuple[str, Parameter]]:
 
 
 def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Set every parameter to its initial value."""
+    """Set every parameter to its initial value, but for those that ZeRO 3 has taken apart already."""
     with torch.no_grad():
         for name, parameter in declared(model):
+            if parameter.shape != region_shape(parameter.region):
+                continue
             values = parameter.spec.initial_values(name, seed, config, parameter.region)
             parameter.copy_(torch.from_numpy(values))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from megacore.model_config import ModelConfig
@@ -20,9 +22,15 @@ class Transformer(nn.Module):
     Args:
         kit: what parts are made with.
         activation_checkpointing: keep only what is carried between layers, and compute the rest again.
+        finish: called with each layer once it is made, before the next one.
     """
 
-    def __init__(self, kit: Kit, activation_checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        kit: Kit,
+        activation_checkpointing: bool = False,
+        finish: Callable[[nn.Module], None] = lambda layer: None,
+    ) -> None:
         super().__init__()
         self.config = kit.config
         layers = layer_list(kit.config)
@@ -37,6 +45,7 @@ class Transformer(nn.Module):
                 words = step.layer.word
             if layer.words == "writes" and isinstance(step.layer, OutputTable) and words is not None:
                 step.layer.weight = words
+            finish(step)
             self.steps.append(step)
         self._inputs = input_names(kit.config)
         self._first = names[0]

@@ -54,7 +54,7 @@ class TrainingEngine:
         declare = Declare(config.model, grid.shard, device, DTYPES[config.training.dtype])
         kit = Kit(config.model, declare, grid, config.training.seed, config.training.compile)
         self.zero_stage: int = settings["zero_optimization"]["stage"]
-        self._runner = make_runner(config, kit)
+        self._runner = make_runner(config, kit, settings)
         self.model: nn.Module = self._runner.model
         self.owned = owned_names(self.model, grid)
         self._annealing = multipliers.annealing if multipliers else Annealing()
@@ -63,7 +63,7 @@ class TrainingEngine:
             lr=config.training.learning_rate,
             betas=(config.training.adam_beta1, config.training.adam_beta2),
         )
-        self._runner.start(optimizer, settings)
+        self._runner.start(optimizer)
 
     @property
     def gradient_rank(self) -> int:

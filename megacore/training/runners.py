@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,7 @@ class Runner(Protocol):
     model: nn.Module
     engine: Any
 
-    def start(self, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> None:
+    def start(self, optimizer: torch.optim.Optimizer) -> None:
         """Put the model under DeepSpeed."""
 
     def train(self, batches: Sequence[ModelBatch], loss_of: LossOf) -> Sums:
@@ -42,25 +43,46 @@ class Runner(Protocol):
         """Return what this process measures without training."""
 
 
-def make_runner(config: RunConfig, kit: Kit) -> Runner:
-    """Return the runner for a layout, its model set to the initial weights."""
+def make_runner(config: RunConfig, kit: Kit, settings: dict[str, Any]) -> Runner:
+    """Return the runner for a layout, its model set to the initial weights.
+
+    Args:
+        config: of the run.
+        kit: what the model's parts are made with.
+        settings: DeepSpeed's configuration, resolved.
+    """
     if config.parallel.pipeline_parallel_size > 1:
-        return PipelineRunner(config, kit)
-    return WholeRunner(config, kit)
+        return PipelineRunner(config, kit, settings)
+    return WholeRunner(config, kit, settings)
 
 
 class WholeRunner:
     """All layers in this process; any ZeRO stage."""
 
-    def __init__(self, config: RunConfig, kit: Kit) -> None:
-        self._grid, self._loss = kit.grid, Loss(config.model, kit.grid)
-        self.model: nn.Module = Transformer(kit, config.training.activation_checkpointing)
-        initialise(self.model, config.model, config.training.seed)
+    def __init__(self, config: RunConfig, kit: Kit, settings: dict[str, Any]) -> None:
+        self._grid, self._loss, self._settings = kit.grid, Loss(config.model, kit.grid), settings
+
+        def finish(layer: nn.Module) -> None:
+            initialise(layer, config.model, config.training.seed)
+            if settings["zero_optimization"]["stage"] == 3:
+                self._take_apart(layer)
+
+        self.model: nn.Module = Transformer(kit, config.training.activation_checkpointing, finish)
         self.engine: Any = None
 
-    def start(self, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> None:
+    def _take_apart(self, layer: nn.Module) -> None:
+        """Leave each replica its part of a layer's weights, so that a model larger than one device can be made."""
+        with _quiet():
+            deepspeed.zero.Init(
+                layer,
+                data_parallel_group=self._grid.gradient_group,
+                config_dict_or_path=copy.deepcopy(self._settings),
+                mpu=DeepSpeedGrid(self._grid),
+            )
+
+    def start(self, optimizer: torch.optim.Optimizer) -> None:
         """Put the model under DeepSpeed."""
-        self.engine = _deepspeed(self.model, optimizer, settings, mpu=DeepSpeedGrid(self._grid))
+        self.engine = _deepspeed(self.model, optimizer, self._settings, mpu=DeepSpeedGrid(self._grid))
 
     def train(self, batches: Sequence[ModelBatch], loss_of: LossOf) -> Sums:
         """Make one optimizer step out of all micro-batches; return what this process measured."""
@@ -85,8 +107,8 @@ class WholeRunner:
 class PipelineRunner:
     """A stage of the layers in this process (DeepSpeed's pipeline engine)."""
 
-    def __init__(self, config: RunConfig, kit: Kit) -> None:
-        self._loss = Loss(config.model, kit.grid)
+    def __init__(self, config: RunConfig, kit: Kit, settings: dict[str, Any]) -> None:
+        self._loss, self._settings = Loss(config.model, kit.grid), settings
         self._inputs = first_inputs(kit)
         self._is_last = kit.grid.pipeline_parallel_rank == kit.grid.pipeline_parallel_size - 1
         self.model: nn.Module = pipeline_module(
@@ -97,10 +119,10 @@ class PipelineRunner:
         self._loss_of: LossOf | None = None
         self._sums: Sums | None = None
 
-    def start(self, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> None:
+    def start(self, optimizer: torch.optim.Optimizer) -> None:
         """Put the stage under DeepSpeed."""
         pipeline = {"pipe_partitioned": False, "grad_partitioned": False}
-        self.engine = _deepspeed(self.model, optimizer, settings | {"pipeline": pipeline}, mpu=None)
+        self.engine = _deepspeed(self.model, optimizer, self._settings | {"pipeline": pipeline}, mpu=None)
         # DeepSpeed reuses a buffer by its place in the tuple, whatever the dtype: activations and gradients differ.
         self.engine._allocate_or_extend_buffers = lambda place, shape, dtype: torch.empty(
             shape, dtype=dtype, device=self.engine.device
@@ -132,12 +154,19 @@ class PipelineRunner:
 def _deepspeed(
     model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], mpu: DeepSpeedGrid | None
 ) -> Any:
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints, too
-        warnings.simplefilter("ignore")  # DeepSpeed's notes on torch's deprecations
+    with _quiet():
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
         )
     return engine
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back what DeepSpeed prints, and its notes on torch's deprecations."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def stage_gather(item: Any, grid: ParallelGrid) -> list[Any]:
