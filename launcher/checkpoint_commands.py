@@ -41,9 +41,10 @@ def grow(
     json_file: Path = typer.Option(None, "--json", help="Write the figures of the growth here."),
 ) -> None:
     """Widen a checkpoint without changing what it computes; alone, or in parallel under mpirun."""
+    from megacore.checkpoint.files import planned_bytes
     from megacore.checkpoint.reader import CheckpointReader
     from megacore.config import ParallelConfig
-    from megacore.growth.execute import GrowthOutput, grow_checkpoint, planned_bytes
+    from megacore.growth.execute import GrowthOutput, grow_checkpoint, planned_files
     from megacore.growth.plan import Symmetry, make_plan
     from megacore.settings import parse_overrides, validated
 
@@ -59,7 +60,7 @@ def grow(
         plan = make_plan(reader.manifest.model, values, Symmetry(noise_scale, share_scale, seed))
         parallel = validated(ParallelConfig, {"tensor_parallel_size": parts})
         output = GrowthOutput(parallel, optimizer == "map", dtype, hold_steps, anneal_steps)
-        total = planned_bytes(reader, plan, output)
+        total = planned_bytes(planned_files(reader, plan, output))
     with byte_bar("growing (rank 0)", total / group.size, enabled=group.rank == 0) as advance:
         grow_checkpoint(reader, plan, target, output, group, advance)
     if group.rank == 0:

@@ -11,6 +11,7 @@ from typing import NoReturn
 import typer
 
 from launcher.checkpoint_commands import grow, inspect, verify
+from launcher.convert_command import convert
 from launcher.data_commands import data_app
 from launcher.dry_run import show_dry_run
 from megacore.errors import MegacoreError
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.command(no_args_is_help=True)(grow)
+app.command(no_args_is_help=True)(convert)
 app.command(no_args_is_help=True)(verify)
 app.command(no_args_is_help=True)(inspect)
 

@@ -13,16 +13,17 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-DTYPES = {"float32": "F32", "float64": "F64"}
+DTYPES = {"float32": "F32", "float64": "F64", "bfloat16": "BF16"}
+_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2}
 
 
 class Entry(NamedTuple):
-    """A tensor to be written: its name in the file, dtype (``float32`` or ``float64``) and shape."""
+    """A tensor to be written: its name in the file, dtype (a key of `DTYPES`) and shape."""
 
     key: str
     dtype: str
@@ -32,14 +33,14 @@ class Entry(NamedTuple):
 class SafetensorsStream:
     """A safetensors file being written; tensors must come in the order of ``entries``.
 
-    Use as a context manager; on leaving, the file is flushed to the disk.
+    Use as a context manager; on leaving, the file is flushed to the disk. ``metadata`` goes into the header.
     """
 
-    def __init__(self, path: Path, entries: Sequence[Entry]) -> None:
-        header: dict[str, object] = {}
+    def __init__(self, path: Path, entries: Sequence[Entry], metadata: dict[str, str] | None = None) -> None:
+        header: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
         offset = 0
         for entry in entries:
-            size = np.dtype(entry.dtype).itemsize * math.prod(entry.shape)
+            size = _BYTES[entry.dtype] * math.prod(entry.shape)
             header[entry.key] = {
                 "dtype": DTYPES[entry.dtype],
                 "shape": list(entry.shape),
@@ -60,7 +61,7 @@ class SafetensorsStream:
         checksum = hashlib.sha256()
         written = 0
         for block in blocks:
-            data = np.ascontiguousarray(block, dtype=np.dtype(entry.dtype).newbyteorder("<"))
+            data = _encoded(block, entry.dtype)
             checksum.update(data.data)
             self._file.write(data.data)
             written += data.size
@@ -78,3 +79,13 @@ class SafetensorsStream:
                 os.fsync(self._file.fileno())
         finally:
             self._file.close()
+
+
+def _encoded(block: NDArray[np.floating], dtype: str) -> NDArray[Any]:
+    """Return a block's little-endian values, or, for bfloat16, which numpy lacks, their bits, rounded to even."""
+    if dtype != "bfloat16":
+        return np.ascontiguousarray(block, dtype=np.dtype(dtype).newbyteorder("<"))
+    bits = np.ascontiguousarray(block, np.float32).view(np.uint32)
+    rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
+    quiet = (bits >> np.uint32(16)) | np.uint32(0x40)  # rounding could turn a NaN into an infinity
+    return np.where(np.isnan(block), quiet, rounded).astype("<u2")

@@ -50,6 +50,7 @@ def write_checkpoint(
     group: Communicator,
     files: Iterable[FileToWrite],
     manifest: Callable[[dict[str, FileRecord]], Manifest],
+    attach: Callable[[Path], None] = lambda directory: None,
 ) -> None:
     """Write a checkpoint; every rank of ``group`` calls this with its own files.
 
@@ -58,6 +59,7 @@ def write_checkpoint(
         group: the ranks that write together.
         files: this rank's files, by name, with their pieces.
         manifest: makes the manifest from the records of all ranks' files (called on rank 0).
+        attach: adds files of another kind to the directory (called on rank 0).
 
     Raises:
         CheckpointError: on every rank, if any rank failed; nothing is left at ``path``.
@@ -70,6 +72,7 @@ def write_checkpoint(
         gathered = group.all_gather(records)
         with together(group), os_errors(partial, CheckpointError):
             if group.rank == 0:
+                attach(partial)
                 all_records = {name: record for part in gathered for name, record in part.items()}
                 write_text(partial / MANIFEST, manifest(dict(sorted(all_records.items()))).to_json())
 

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
+from megacore.checkpoint.files import MAX_FILE_BYTES, plan_files, share_of
 from megacore.checkpoint.manifest import WEIGHT, Annealing, FileRecord, Layout, Manifest, parameter_records
 from megacore.checkpoint.reader import CheckpointReader
-from megacore.checkpoint.writer import FileToWrite, PieceToWrite, write_checkpoint
+from megacore.checkpoint.writer import FileToWrite, write_checkpoint
 from megacore.communicator import Communicator, together
 from megacore.config import ParallelConfig
 from megacore.growth.apply import grow_box
 from megacore.growth.plan import GrowthPlan
-from megacore.params import Region, Shard, region_shape
-
-_BLOCK_ENTRIES = 1 << 21
-"""Entries of a tensor that are computed at once: bounds the memory, 16 MiB in float64."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +35,7 @@ class GrowthOutput:
     dtype: str | None = None
     hold_steps: int = 500
     anneal_steps: int = 500
-    max_file_bytes: int = 1 << 30
+    max_file_bytes: int = MAX_FILE_BYTES
 
 
 def grow_checkpoint(
@@ -71,14 +64,7 @@ def grow_checkpoint(
     """
     with together(group):
         files = planned_files(reader, plan, output)
-    own = _share_of(files, group, lambda file: sum(_bytes(piece) for piece in file[1]))
-    counted = ((name, [_counted(piece, on_progress) for piece in pieces]) for name, pieces in own)
-    write_checkpoint(path, group, counted, partial(_manifest, reader, plan, output))
-
-
-def planned_bytes(reader: CheckpointReader, plan: GrowthPlan, output: GrowthOutput) -> int:
-    """Return the size of all tensors of the grown checkpoint."""
-    return sum(_bytes(piece) for _, pieces in planned_files(reader, plan, output) for piece in pieces)
+    write_checkpoint(path, group, share_of(files, group, on_progress), partial(_manifest, reader, plan, output))
 
 
 def planned_files(reader: CheckpointReader, plan: GrowthPlan, output: GrowthOutput) -> list[FileToWrite]:
@@ -89,66 +75,12 @@ def planned_files(reader: CheckpointReader, plan: GrowthPlan, output: GrowthOutp
     """
     output.parallel.check(plan.target)
     states = reader.manifest.states if output.keep_optimizer else (WEIGHT,)
-    files: list[FileToWrite] = []
-    for rank in range(output.parallel.tensor_parallel_size):
-        chunk: list[PieceToWrite] = []
-        size = number = 0
-        for piece in _pieces(reader, plan, output, rank, states):
-            if chunk and size + _bytes(piece) > output.max_file_bytes:
-                files.append((f"tp{rank:02d}-{number:04d}.safetensors", chunk))
-                chunk, size, number = [], 0, number + 1
-            chunk.append(piece)
-            size += _bytes(piece)
-        files.append((f"tp{rank:02d}-{number:04d}.safetensors", chunk))
-    return files
 
+    def dtype_of(name: str, state: str) -> str:
+        return output.dtype or reader.dtype(name, state)
 
-def _pieces(
-    reader: CheckpointReader, plan: GrowthPlan, output: GrowthOutput, rank: int, states: tuple[str, ...]
-) -> Iterator[PieceToWrite]:
     parts = output.parallel.tensor_parallel_size
-    for name, spec in plan.specs.items():
-        if spec.sharded_dim is None and rank > 0:
-            continue  # replicated parameters are stored once
-        region = spec.local_region(Shard(rank, parts))
-        for state in states:
-            dtype = output.dtype or reader.dtype(name, state)
-            blocks = partial(_blocks, reader, plan, name, state, region)
-            yield PieceToWrite(state, name, region, None, dtype, blocks)
-
-
-def _blocks(
-    reader: CheckpointReader, plan: GrowthPlan, name: str, state: str, region: Region
-) -> Iterator[NDArray[np.float64]]:
-    rows = max(1, _BLOCK_ENTRIES // math.prod(region_shape(region)[1:]))
-    first, stop = region[0]
-    for start in range(first, stop, rows):
-        yield grow_box(reader, plan, name, state, ((start, min(start + rows, stop)), *region[1:]))
-
-
-def _bytes(piece: PieceToWrite) -> int:
-    return math.prod(piece.shape) * np.dtype(piece.dtype).itemsize
-
-
-def _counted(piece: PieceToWrite, on_progress: Callable[[int], None]) -> PieceToWrite:
-    def blocks() -> Iterator[NDArray[np.floating]]:
-        for block in piece.blocks():
-            yield block
-            on_progress(block.size * np.dtype(piece.dtype).itemsize)
-
-    return piece._replace(blocks=blocks)
-
-
-def _share_of(files: list[FileToWrite], group: Communicator, size: Callable[[FileToWrite], int]) -> list[FileToWrite]:
-    """Give each file, largest first, to the rank with the least work so far; return this rank's."""
-    loads = [0] * group.size
-    own = []
-    for file in sorted(files, key=size, reverse=True):
-        rank = loads.index(min(loads))
-        loads[rank] += size(file)
-        if rank == group.rank:
-            own.append(file)
-    return own
+    return plan_files(plan.specs, states, parts, dtype_of, partial(grow_box, reader, plan), output.max_file_bytes)
 
 
 def _manifest(

@@ -1,0 +1,84 @@
+"""``megacore convert``: checkpoints to other layouts, and from and to Hugging Face."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from launcher.bars import byte_bar
+from megacore.communicator import mpi_or_alone, together
+from megacore.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megacore.convert.huggingface import Import
+
+_SOURCES, _TARGETS = ("auto", "megacore", "hf"), ("megacore", "hf")
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def convert(
+    source: Path = typer.Argument(..., help="Checkpoint, or directory of another format.", show_default=False),
+    target: Path = typer.Argument(..., help="Directory to write; must not exist.", show_default=False),
+    layout: list[str] = typer.Argument(
+        None, metavar="[KEY=VALUE]...", help="Layout of the files: tensor_parallel_size=T."
+    ),
+    source_format: str = typer.Option("auto", "--from", help="auto, megacore or hf (a Hugging Face directory)."),
+    target_format: str = typer.Option("megacore", "--to", help="megacore or hf."),
+    dtype: str = typer.Option("fp32", help="Of --to hf: fp32 or bf16."),
+    weights_only: bool = typer.Option(False, "--weights-only", help="Leave the optimizer's state out."),
+) -> None:
+    """Convert a checkpoint; alone, or in parallel under mpirun.
+
+    A run needs none of this to resume at another layout.
+    """
+    from megacore.checkpoint.reader import CheckpointReader
+    from megacore.config import ParallelConfig
+    from megacore.convert.huggingface import export_huggingface, import_huggingface
+    from megacore.convert.reshard import reshard
+    from megacore.settings import parse_overrides, validated
+
+    group = mpi_or_alone()
+    began = time.perf_counter()
+    with together(group):
+        _one_of("--from", source_format, _SOURCES)
+        _one_of("--to", target_format, _TARGETS)
+        _one_of("--dtype", dtype, tuple(_DTYPES))
+        known = _detected(source) if source_format == "auto" else source_format
+        if known == "hf" and target_format == "hf":
+            raise ConfigError("--from hf --to hf: nothing to convert")
+        if dtype != "fp32" and target_format != "hf":
+            raise ConfigError(f"--dtype {dtype} goes with --to hf: checkpoints hold fp32 weights")
+        if layout and target_format == "hf":
+            raise ConfigError(f"{layout[0]}: a Hugging Face directory has no layout")
+        parallel = validated(ParallelConfig, parse_overrides(layout or ()))
+        reader = CheckpointReader(source) if known == "megacore" else None
+
+    def started(facts: Import) -> None:
+        for what, names in (("new, from initial values", facts.new), ("left out", facts.left_out)):
+            if names and group.rank == 0:
+                typer.echo(f"{what}: {', '.join(names)}")
+
+    with byte_bar("converting (rank 0)", None, enabled=group.rank == 0) as advance:
+        if reader is None:
+            import_huggingface(source, target, parallel, group, started, advance)
+        elif target_format == "hf":
+            export_huggingface(reader, target, _DTYPES[dtype], group, advance)
+        else:
+            reshard(reader, target, parallel, group, weights_only, on_progress=advance)
+    if group.rank == 0:
+        typer.echo(f"{target}: {known} → {target_format}, {time.perf_counter() - began:.1f} s with {group.size} ranks")
+
+
+def _detected(path: Path) -> str:
+    for name, kind in (("manifest.json", "megacore"), ("config.json", "hf")):
+        if (path / name).is_file():
+            return kind
+    raise ConfigError(f"{path}: neither a checkpoint (manifest.json) nor a Hugging Face directory (config.json)")
+
+
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{option} {value}: use {' or '.join(allowed)}")

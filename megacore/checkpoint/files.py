@@ -1,0 +1,105 @@
+"""Which tensors of a checkpoint go into which files, and which rank writes them: planned before anything is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megacore.checkpoint.writer import FileToWrite, PieceToWrite
+from megacore.communicator import Communicator
+from megacore.params import ParamSpec, Region, Shard, region_shape
+
+_BLOCK_ENTRIES = 1 << 21
+"""Entries of a tensor that are computed at once: bounds the memory, 16 MiB in float64."""
+MAX_FILE_BYTES = 1 << 30
+"""A tensor-parallel rank's tensors are spread over files of about this size."""
+
+BoxOf = Callable[[str, str, Region], NDArray[np.floating]]
+"""(parameter, state, box) -> its values."""
+
+
+def plan_files(
+    specs: Mapping[str, ParamSpec],
+    states: Iterable[str],
+    tensor_parallel_size: int,
+    dtype_of: Callable[[str, str], str],
+    box_of: BoxOf,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> list[FileToWrite]:
+    """List all files of a checkpoint with their pieces; nothing is computed yet.
+
+    Args:
+        specs: every parameter's declaration.
+        states: to be written of each.
+        tensor_parallel_size: each tensor-parallel rank of the target will find its own files.
+        dtype_of: (parameter, state) -> the dtype to store.
+        box_of: makes the values.
+        max_file_bytes: size from which on a new file is begun.
+    """
+    states = tuple(states)
+    files: list[FileToWrite] = []
+    for rank in range(tensor_parallel_size):
+        chunk: list[PieceToWrite] = []
+        size = number = 0
+        for name, spec in specs.items():
+            if spec.sharded_dim is None and rank > 0:
+                continue  # replicated parameters are stored once
+            region = spec.local_region(Shard(rank, tensor_parallel_size))
+            for state in states:
+                blocks = partial(_blocks, box_of, name, state, region)
+                piece = PieceToWrite(state, name, region, None, dtype_of(name, state), blocks)
+                if chunk and size + piece_bytes(piece) > max_file_bytes:
+                    files.append((f"tp{rank:02d}-{number:04d}.safetensors", chunk))
+                    chunk, size, number = [], 0, number + 1
+                chunk.append(piece)
+                size += piece_bytes(piece)
+        files.append((f"tp{rank:02d}-{number:04d}.safetensors", chunk))
+    return files
+
+
+def _blocks(box_of: BoxOf, name: str, state: str, region: Region) -> Iterator[NDArray[np.floating]]:
+    rows = max(1, _BLOCK_ENTRIES // math.prod(region_shape(region)[1:]))
+    first, stop = region[0]
+    for start in range(first, stop, rows):
+        yield box_of(name, state, ((start, min(start + rows, stop)), *region[1:]))
+
+
+def piece_bytes(piece: PieceToWrite) -> int:
+    """Return the size of a piece's values."""
+    return math.prod(piece.shape) * np.dtype(piece.dtype).itemsize
+
+
+def planned_bytes(files: Iterable[FileToWrite]) -> int:
+    """Return the size of all tensors of some files."""
+    return sum(piece_bytes(piece) for _, pieces in files for piece in pieces)
+
+
+def share_of(
+    files: list[FileToWrite], group: Communicator, on_progress: Callable[[int], None] = lambda size: None
+) -> Iterator[FileToWrite]:
+    """Give each file, largest first, to the rank with the least work so far; yield this rank's.
+
+    Args:
+        files: of all ranks.
+        group: the ranks that write.
+        on_progress: called with the number of bytes of each block this rank has written.
+    """
+    loads = [0] * group.size
+    for file in sorted(files, key=lambda file: planned_bytes([file]), reverse=True):
+        rank = loads.index(min(loads))
+        loads[rank] += planned_bytes([file])
+        if rank == group.rank:
+            yield file[0], [_counted(piece, on_progress) for piece in file[1]]
+
+
+def _counted(piece: PieceToWrite, on_progress: Callable[[int], None]) -> PieceToWrite:
+    def blocks() -> Iterator[NDArray[np.floating]]:
+        for block in piece.blocks():
+            yield block
+            on_progress(block.size * np.dtype(piece.dtype).itemsize)
+
+    return piece._replace(blocks=blocks)

@@ -1,0 +1,1 @@
+"""Checkpoints to and from other layouts and other programs' formats."""

@@ -1,0 +1,60 @@
+"""A checkpoint to one of another layout or without its optimizer; a run does not need this to resume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from megacore.checkpoint.files import plan_files, planned_bytes, share_of
+from megacore.checkpoint.manifest import WEIGHT, FileRecord, Layout, Manifest
+from megacore.checkpoint.reader import CheckpointReader
+from megacore.checkpoint.writer import FileToWrite, write_checkpoint
+from megacore.communicator import Communicator, together
+from megacore.config import ParallelConfig
+
+
+def reshard(
+    reader: CheckpointReader,
+    target: Path,
+    parallel: ParallelConfig,
+    group: Communicator,
+    weights_only: bool = False,
+    on_start: Callable[[int], None] = lambda size: None,
+    on_progress: Callable[[int], None] = lambda size: None,
+) -> None:
+    """Write a checkpoint with files for another layout; every rank of ``group`` calls this.
+
+    Args:
+        reader: the source.
+        target: the checkpoint to write; must not exist.
+        parallel: its layout.
+        group: the ranks that work together.
+        weights_only: leave the optimizer's state out.
+        on_start: told the number of bytes to be written.
+        on_progress: called with the number of bytes of each block this rank has written.
+
+    Raises:
+        ConfigError: the layout does not fit the model.
+        CheckpointError: the source is damaged, or the target cannot be written; nothing is left there.
+    """
+    source = reader.manifest
+    with together(group):
+        parallel.check(source.model)
+        states = (WEIGHT,) if weights_only else source.states
+        parts = parallel.tensor_parallel_size
+        files: list[FileToWrite] = plan_files(source.specs(), states, parts, reader.dtype, reader.read)
+    on_start(planned_bytes(files))
+    write_checkpoint(target, group, share_of(files, group, on_progress), partial(_manifest, reader, parts, states))
+
+
+def _manifest(reader: CheckpointReader, parts: int, states: tuple[str, ...], files: dict[str, FileRecord]) -> Manifest:
+    source = reader.manifest
+    fresh = {} if len(states) > 1 else {"optimizer_step": 0, "loss_scaling": None}
+    return source.model_copy(
+        update={
+            "layout": Layout(tensor_parallel_size=parts),
+            "progress": source.progress.model_copy(update=fresh),
+            "files": files,
+        }
+    )
