@@ -120,6 +120,33 @@ def verify(
         raise typer.Exit(1)
 
 
+def diff(
+    first: Path = _SOURCE,
+    second: Path = typer.Argument(..., help="The other one.", show_default=False),
+) -> None:
+    """Show what differs between two checkpoints of any layouts; exit code 1 if anything does."""
+    from megacore.checkpoint.diff import configuration_differences, tensor_differences
+    from megacore.checkpoint.reader import CheckpointReader
+
+    readers = CheckpointReader(first), CheckpointReader(second)
+    settings = configuration_differences(*readers)
+    with byte_bar("comparing", None, enabled=True) as advance:
+        tensors = list(tensor_differences(*readers, advance))
+    for key, (a, b) in settings.items():
+        typer.echo(f"{key}: {a} | {b}")
+    for tensor in tensors:
+        name = f"{tensor.parameter}/{tensor.state}"
+        if tensor.what == "values":
+            typer.echo(f"{name}: {tensor.changed:.1%} of the values, by up to {tensor.largest:.3g}")
+        elif tensor.what == "shape":
+            typer.echo(f"{name}: {' | '.join(str(list(reader.shape(tensor.parameter))) for reader in readers)}")
+        else:
+            typer.echo(f"{name}: {tensor.what}")
+    if settings or tensors:
+        raise typer.Exit(1)
+    typer.echo("the same")
+
+
 def inspect(
     checkpoint: Path = _SOURCE,
     parameters: bool = typer.Option(False, "--parameters", help="List every parameter with its axes."),

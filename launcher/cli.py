@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import typer
 
-from launcher.checkpoint_commands import grow, inspect, verify
+from launcher.checkpoint_commands import diff, grow, inspect, verify
 from launcher.convert_command import convert
 from launcher.data_commands import data_app
 from launcher.dry_run import show_dry_run
@@ -27,6 +27,7 @@ app.command(no_args_is_help=True)(grow)
 app.command(no_args_is_help=True)(convert)
 app.command(no_args_is_help=True)(verify)
 app.command(no_args_is_help=True)(inspect)
+app.command(no_args_is_help=True)(diff)
 
 
 @app.command(no_args_is_help=True)

@@ -52,19 +52,25 @@ class MPIRanks:
 
 
 class TorchRanks:
-    """The ranks of an initialised ``torch.distributed`` world."""
+    """The ranks of an initialised ``torch.distributed`` world.
 
-    def __init__(self) -> None:
+    Args:
+        apart: exchange over a group of their own, so that a thread can do so beside the training; all ranks must
+            make it at the same time.
+    """
+
+    def __init__(self, apart: bool = False) -> None:
         import torch.distributed as dist  # here, so that MPI jobs without torch start quickly
 
         self._dist = dist
+        self._group = dist.new_group(backend="gloo") if apart else None
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
 
     def all_gather(self, item: Any) -> list[Any]:
         """Exchange pickled objects between the ranks of this job only."""
         gathered: list[Any] = [None] * self.size
-        self._dist.all_gather_object(gathered, item)
+        self._dist.all_gather_object(gathered, item, group=self._group)
         return gathered
 
 

@@ -149,7 +149,11 @@ class TrainingConfig(Settings):
     eval_interval: NonNegativeInt = 0
     eval_samples: PositiveInt = 512
     save_interval: PositiveInt = 1000
+    async_save: bool = True
+    """Go on training while a checkpoint is written, from a copy in host memory."""
     keep_last: PositiveInt = 2
+    keep_every: NonNegativeInt = 0
+    """Also keep the checkpoints of steps that are multiples of this; 0 for none."""
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> Self:

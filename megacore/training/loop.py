@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from megacore.checkpoint.manifest import (
     parameter_records,
 )
 from megacore.checkpoint.reader import CheckpointReader
-from megacore.checkpoint.writer import write_checkpoint
 from megacore.communicator import Communicator, TorchRanks, together
 from megacore.config import RunConfig
 from megacore.errors import CheckpointError, ConfigError, MegacoreError
@@ -38,6 +38,7 @@ from megacore.training.metrics import MetricsLog, memory_gb
 from megacore.training.partition import load_state, pieces_to_write
 from megacore.training.progress import StepProgress
 from megacore.training.runs import checkpoint_path, checkpoints, lock_run, remove_old
+from megacore.training.saver import Saver
 from megacore.training.schedule import learning_rate
 
 
@@ -119,6 +120,8 @@ class TrainingStage:
                 set_loss_scaling(self._engine.optimizer, self._start.progress.loss_scaling)
         self._progress = self._start.progress
         self._log: MetricsLog | None = None
+        saving = TorchRanks(apart=True) if self._training.async_save else group
+        self._saver = Saver(saving, self._training.async_save)
 
     def _agree_on_start(self) -> None:
         """Refuse ranks that see different files: on a directory of each node's own, or a stale one."""
@@ -169,6 +172,7 @@ class TrainingStage:
                     self._evaluate(display)
                 if step % self._training.save_interval == 0 or step == last:
                     self._save(display)
+            self._saver.wait()
         finally:
             display.close()
             if self._log is not None:
@@ -266,17 +270,20 @@ class TrainingStage:
 
     def _save(self, display: StepProgress) -> None:
         path = checkpoint_path(self._training.output_dir, self._progress.step)
-        files = [(f"rank{self._group.rank:05d}.safetensors", pieces_to_write(self._engine, self._grid))]
-        write_checkpoint(path, self._group, files, self._manifest)
-        if self._group.rank == 0:
-            try:
-                remove_old(self._training.output_dir, self._training.keep_last)
-            except OSError as error:  # the run itself is well
-                display.say(f"old checkpoints could not be removed: {error}")
-        display.say(f"saved {path}")
 
-    def _manifest(self, files: dict[str, FileRecord]) -> Manifest:
-        """Describe the present state."""
+        def done() -> None:
+            if self._group.rank == 0:
+                try:
+                    remove_old(self._training.output_dir, self._training.keep_last, self._training.keep_every)
+                except OSError as error:  # the run itself is well
+                    display.say(f"old checkpoints could not be removed: {error}")
+            display.say(f"saved {path}")
+
+        manifest = partial(self._manifest, self._progress)
+        self._saver.save(path, pieces_to_write(self._engine, self._grid), manifest, done)
+
+    def _manifest(self, progress: Progress, files: dict[str, FileRecord]) -> Manifest:
+        """Describe the state at some progress."""
         specs = declarations(self._config.model)
         kept = self._start.multipliers or Multipliers(dict.fromkeys(specs, 1.0), dict.fromkeys(specs, 1.0))
         return Manifest(
@@ -286,7 +293,7 @@ class TrainingStage:
                 pipeline_parallel_size=self._grid.pipeline_parallel_size,
                 data_parallel_size=self._grid.data_parallel_size,
             ),
-            progress=self._progress,
+            progress=progress,
             annealing=kept.annealing,
             parameters=parameter_records(
                 specs, {name: (kept.learning_rate[name], kept.adam_eps[name]) for name in specs}

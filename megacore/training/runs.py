@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from megacore.errors import ConfigError
+from megacore.publish import INCOMPLETE
 
 _REMOVED = ".removed"
 _STEP = re.compile(r"step-(\d{8,})")
@@ -28,11 +29,17 @@ def checkpoints(run: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def remove_old(run: Path, keep_last: int) -> None:
-    """Remove all but a run's newest checkpoints; a checkpoint being removed no longer has a checkpoint's name."""
-    for left in (run / "checkpoints").glob(f"*{_REMOVED}"):  # by a job that was killed while it removed
-        shutil.rmtree(left)
+def remove_old(run: Path, keep_last: int, keep_every: int = 0) -> None:
+    """Remove all but a run's newest checkpoints, and those of steps that are multiples of ``keep_every``.
+
+    A checkpoint being removed no longer has a checkpoint's name.
+    """
+    for suffix in (_REMOVED, INCOMPLETE):  # left by a job that was killed while it removed, or wrote
+        for left in (run / "checkpoints").glob(f"*{suffix}"):
+            shutil.rmtree(left)
     for path in checkpoints(run)[:-keep_last]:
+        if keep_every and int(path.name.removeprefix("step-")) % keep_every == 0:
+            continue
         doomed = path.with_name(path.name + _REMOVED)
         path.rename(doomed)
         shutil.rmtree(doomed)

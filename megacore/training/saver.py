@@ -1,0 +1,84 @@
+"""Saving while training goes on: a copy in host memory, which a thread writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megacore.checkpoint.manifest import FileRecord, Manifest
+from megacore.checkpoint.writer import PieceToWrite, write_checkpoint
+from megacore.communicator import Communicator
+
+
+class Saver:
+    """Writes a run's checkpoints, one at a time.
+
+    Args:
+        group: the ranks that write together; nothing else may use it while training goes on.
+        in_background: go on training while a checkpoint is written. Each rank then holds a copy of what it saves.
+    """
+
+    def __init__(self, group: Communicator, in_background: bool) -> None:
+        self._group, self._in_background = group, in_background
+        self._thread: Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(
+        self,
+        path: Path,
+        pieces: Sequence[PieceToWrite],
+        manifest: Callable[[dict[str, FileRecord]], Manifest],
+        done: Callable[[], None],
+    ) -> None:
+        """Write this rank's pieces of a checkpoint; every rank of the group calls this.
+
+        Args:
+            path: the checkpoint's directory; must not exist.
+            pieces: of this rank; their values may change once this returns.
+            manifest: makes the manifest from the records of all ranks' files (called on rank 0).
+            done: called on every rank once the checkpoint is complete.
+
+        Raises:
+            CheckpointError: on every rank, if this checkpoint (or, in the background, the one before) failed.
+        """
+        self.wait()
+
+        def write(pieces: Sequence[PieceToWrite]) -> None:
+            write_checkpoint(path, self._group, [(f"rank{self._group.rank:05d}.safetensors", pieces)], manifest)
+            done()
+
+        if not self._in_background:
+            write(pieces)
+            return
+        copied = [_copied(piece) for piece in pieces]
+        self._thread = Thread(target=self._caught, args=(write, copied), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written.
+
+        Raises:
+            CheckpointError: on every rank, if it failed.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _caught(self, write: Callable[[Sequence[PieceToWrite]], None], pieces: Sequence[PieceToWrite]) -> None:
+        try:
+            write(pieces)
+        except BaseException as error:  # raised where the run waits
+            self._error = error
+
+
+def _copied(piece: PieceToWrite) -> PieceToWrite:
+    """Return a piece with values of its own, in host memory."""
+    blocks: list[NDArray[np.floating]] = [np.array(block, copy=True) for block in piece.blocks()]
+    return piece._replace(blocks=lambda: blocks)
