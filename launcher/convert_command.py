@@ -27,7 +27,7 @@ def convert(
     ),
     source_format: str = typer.Option("auto", "--from", help="auto, megacore or hf (a Hugging Face directory)."),
     target_format: str = typer.Option("megacore", "--to", help="megacore or hf."),
-    dtype: str = typer.Option("fp32", help="Of --to hf: fp32 or bf16."),
+    dtype: str = typer.Option(None, help="fp32 or bf16; checkpoints keep the source's by default."),
     weights_only: bool = typer.Option(False, "--weights-only", help="Leave the optimizer's state out."),
 ) -> None:
     """Convert a checkpoint; alone, or in parallel under mpirun.
@@ -45,16 +45,18 @@ def convert(
     with together(group):
         _one_of("--from", source_format, _SOURCES)
         _one_of("--to", target_format, _TARGETS)
-        _one_of("--dtype", dtype, tuple(_DTYPES))
+        if dtype is not None:
+            _one_of("--dtype", dtype, tuple(_DTYPES))
         known = _detected(source) if source_format == "auto" else source_format
         if known == "hf" and target_format == "hf":
             raise ConfigError("--from hf --to hf: nothing to convert")
-        if dtype != "fp32" and target_format != "hf":
-            raise ConfigError(f"--dtype {dtype} goes with --to hf: checkpoints hold fp32 weights")
+        if dtype == "bf16" and target_format == "megacore" and not weights_only:
+            raise ConfigError("--dtype bf16 would round the optimizer's state: add --weights-only")
         if layout and target_format == "hf":
             raise ConfigError(f"{layout[0]}: a Hugging Face directory has no layout")
         parallel = validated(ParallelConfig, parse_overrides(layout or ()))
         reader = CheckpointReader(source) if known == "megacore" else None
+        stored = None if dtype is None else _DTYPES[dtype]
 
     def started(facts: Import) -> None:
         for what, names in (("new, from initial values", facts.new), ("left out", facts.left_out)):
@@ -63,11 +65,11 @@ def convert(
 
     with byte_bar("converting (rank 0)", None, enabled=group.rank == 0) as advance:
         if reader is None:
-            import_huggingface(source, target, parallel, group, started, advance)
+            import_huggingface(source, target, parallel, group, stored or "float32", started, advance)
         elif target_format == "hf":
-            export_huggingface(reader, target, _DTYPES[dtype], group, advance)
+            export_huggingface(reader, target, stored or "float32", group, advance)
         else:
-            reshard(reader, target, parallel, group, weights_only, on_progress=advance)
+            reshard(reader, target, parallel, group, weights_only, stored, on_progress=advance)
     if group.rank == 0:
         typer.echo(f"{target}: {known} → {target_format}, {time.perf_counter() - began:.1f} s with {group.size} ranks")
 

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from megacore.checkpoint.stream import ITEM_BYTES
 from megacore.checkpoint.writer import FileToWrite, PieceToWrite
 from megacore.communicator import Communicator
 from megacore.params import ParamSpec, Region, Shard, region_shape
@@ -70,7 +71,7 @@ def _blocks(box_of: BoxOf, name: str, state: str, region: Region) -> Iterator[ND
 
 def piece_bytes(piece: PieceToWrite) -> int:
     """Return the size of a piece's values."""
-    return math.prod(piece.shape) * np.dtype(piece.dtype).itemsize
+    return math.prod(piece.shape) * ITEM_BYTES[piece.dtype]
 
 
 def planned_bytes(files: Iterable[FileToWrite]) -> int:
@@ -100,6 +101,6 @@ def _counted(piece: PieceToWrite, on_progress: Callable[[int], None]) -> PieceTo
     def blocks() -> Iterator[NDArray[np.floating]]:
         for block in piece.blocks():
             yield block
-            on_progress(block.size * np.dtype(piece.dtype).itemsize)
+            on_progress(block.size * ITEM_BYTES[piece.dtype])
 
     return piece._replace(blocks=blocks)

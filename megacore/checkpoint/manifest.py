@@ -51,7 +51,7 @@ class Piece(Record):
     """The box [start, stop) in the global tensor, one pair for each dim."""
     run: tuple[NonNegativeInt, NonNegativeInt] | None = None
     """[start, stop) in the box's entries in row-major order; none if the whole box is stored, in its shape."""
-    dtype: Literal["float32", "float64"]
+    dtype: Literal["float32", "float64", "bfloat16"]
     sha256: str
 
     @property

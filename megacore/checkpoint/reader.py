@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
@@ -67,9 +68,9 @@ class CheckpointReader:
         return pieces[0][2].dtype
 
     def read(self, parameter: str, state: str, region: Region | None = None) -> FloatArray:
-        """Return a box of a global tensor (all of it by default), as a new array."""
+        """Return a box of a global tensor (all of it by default), as a new array; bfloat16 becomes float32."""
         region = region or tuple((0, size) for size in self.shape(parameter))
-        result = np.empty(region_shape(region), self.dtype(parameter, state))
+        result = np.empty(region_shape(region), _array_dtype(self.dtype(parameter, state)))
         filled = 0
         for box, pieces in self._boxes(parameter, state).items():
             overlap = tuple((max(a0, b0), min(a1, b1)) for (a0, a1), (b0, b1) in zip(region, box, strict=True))
@@ -94,17 +95,16 @@ class CheckpointReader:
         shape = region_shape(box)
         slices = tuple(slice(start, stop) for start, stop in part)
         if len(pieces) == 1 and pieces[0][2].run is None:
-            stored = self._stored(*pieces[0])
-            values: FloatArray = stored[slices]
-            return values
+            return _array(self._stored(*pieces[0])[slices])
         # Flat runs: fetch whole rows of the first dim, then cut the other dims.
         inner = math.prod(shape[1:])
         first, stop = part[0][0] * inner, part[0][1] * inner
-        flat = np.empty(stop - first, pieces[0][2].dtype)
+        flat = np.empty(stop - first, _array_dtype(pieces[0][2].dtype))
         for (low, high), (name, key, piece) in self._runs(box, pieces):
             begin, end = max(first, low), min(stop, high)
             if begin < end:
-                flat[begin - first : end - first] = self._stored(name, key, piece)[begin - low : end - low]
+                stored = self._stored(name, key, piece)
+                flat[begin - first : end - first] = _array(stored[begin - low : end - low])
         return flat.reshape(-1, *shape[1:])[(slice(None), *slices[1:])]
 
     def _runs(
@@ -123,14 +123,14 @@ class CheckpointReader:
         file = self.path / name
         try:
             if name not in self._open:
-                self._open[name] = safe_open(file, framework="np")
+                self._open[name] = safe_open(file, framework="pt")
             stored = self._open[name].get_slice(key)
             if tuple(stored.get_shape()) != piece.shape or stored.get_dtype() != DTYPES[piece.dtype]:
                 raise CheckpointError(f"{file}: {key} has another shape or type than the manifest says")
             if (name, key) not in self._checked:
                 checksum = hashlib.sha256()
                 for block in _blocks(stored, piece.shape):
-                    checksum.update(block.data)
+                    checksum.update(block.view(torch.uint8).numpy().data)
                 if checksum.hexdigest() != piece.sha256:
                     raise CheckpointError(f"{file}: {key} was altered (its checksum does not match)")
                 self._checked.add((name, key))
@@ -143,7 +143,7 @@ class CheckpointReader:
         for name, record in self.manifest.files.items():
             for key, piece in record.pieces.items():
                 for block in _blocks(self._stored(name, key, piece), piece.shape):
-                    yield name, key, block
+                    yield name, key, _array(block)
 
     def check_coverage(self) -> None:
         """Check that every entry of every parameter is stored exactly once, in every state."""
@@ -163,8 +163,18 @@ class CheckpointReader:
                     )
 
 
-def _blocks(stored: Any, shape: tuple[int, ...]) -> Iterator[FloatArray]:
+def _array_dtype(dtype: str) -> str:
+    """Return the numpy type that holds a stored one: numpy has no bfloat16."""
+    return "float32" if dtype == "bfloat16" else dtype
+
+
+def _array(tensor: torch.Tensor) -> FloatArray:
+    values: FloatArray = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return values
+
+
+def _blocks(stored: Any, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
     """Cut a stored tensor along its first dim into blocks of bounded size."""
     rows = max(1, _BLOCK // max(1, math.prod(shape[1:])))
     for start in range(0, shape[0], rows):
-        yield np.ascontiguousarray(stored[start : min(start + rows, shape[0])])
+        yield stored[start : min(start + rows, shape[0])].contiguous()

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 DTYPES = {"float32": "F32", "float64": "F64", "bfloat16": "BF16"}
-_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2}
+ITEM_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2}
 
 
 class Entry(NamedTuple):
@@ -40,7 +41,7 @@ class SafetensorsStream:
         header: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
         offset = 0
         for entry in entries:
-            size = _BYTES[entry.dtype] * math.prod(entry.shape)
+            size = ITEM_BYTES[entry.dtype] * math.prod(entry.shape)
             header[entry.key] = {
                 "dtype": DTYPES[entry.dtype],
                 "shape": list(entry.shape),
@@ -82,10 +83,8 @@ class SafetensorsStream:
 
 
 def _encoded(block: NDArray[np.floating], dtype: str) -> NDArray[Any]:
-    """Return a block's little-endian values, or, for bfloat16, which numpy lacks, their bits, rounded to even."""
-    if dtype != "bfloat16":
-        return np.ascontiguousarray(block, dtype=np.dtype(dtype).newbyteorder("<"))
-    bits = np.ascontiguousarray(block, np.float32).view(np.uint32)
-    rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
-    quiet = (bits >> np.uint32(16)) | np.uint32(0x40)  # rounding could turn a NaN into an infinity
-    return np.where(np.isnan(block), quiet, rounded).astype("<u2")
+    """Return a block's little-endian values, or, for bfloat16, which numpy lacks, their bits."""
+    if dtype == "bfloat16":
+        bits: NDArray[Any] = torch.from_numpy(np.ascontiguousarray(block)).bfloat16().view(torch.int16).numpy()
+        return bits
+    return np.ascontiguousarray(block, dtype=np.dtype(dtype).newbyteorder("<"))

@@ -181,16 +181,18 @@ def import_huggingface(
     target: Path,
     parallel: ParallelConfig,
     group: Communicator,
+    dtype: str = "float32",
     on_start: Callable[[Import], None] = lambda facts: None,
     on_progress: Callable[[int], None] = lambda size: None,
 ) -> None:
-    """Write a Hugging Face directory as a checkpoint of fp32 weights; every rank of ``group`` calls this.
+    """Write a Hugging Face directory as a checkpoint of weights; every rank of ``group`` calls this.
 
     Args:
         source: the directory.
         target: the checkpoint to write; must not exist.
         parallel: the layout of its files; a run of any layout can read them.
         group: the ranks that work together.
+        dtype: ``float32`` or ``bfloat16``.
         on_start: told what is new and what is left out.
         on_progress: called with the number of bytes of each block this rank has written.
 
@@ -201,7 +203,7 @@ def import_huggingface(
         read = HuggingFaceSource(source)
         parallel.check(read.model)
         parts = parallel.tensor_parallel_size
-        files = plan_files(read.specs, (WEIGHT,), parts, lambda name, state: "float32", read.box)
+        files = plan_files(read.specs, (WEIGHT,), parts, lambda name, state: dtype, read.box)
     on_start(Import(planned_bytes(files), read.new, read.left_out))
 
     def manifest(records: dict[str, FileRecord]) -> Manifest:

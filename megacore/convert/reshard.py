@@ -20,6 +20,7 @@ def reshard(
     parallel: ParallelConfig,
     group: Communicator,
     weights_only: bool = False,
+    dtype: str | None = None,
     on_start: Callable[[int], None] = lambda size: None,
     on_progress: Callable[[int], None] = lambda size: None,
 ) -> None:
@@ -31,6 +32,7 @@ def reshard(
         parallel: its layout.
         group: the ranks that work together.
         weights_only: leave the optimizer's state out.
+        dtype: of all tensors, or ``None`` for the source's.
         on_start: told the number of bytes to be written.
         on_progress: called with the number of bytes of each block this rank has written.
 
@@ -43,7 +45,11 @@ def reshard(
         parallel.check(source.model)
         states = (WEIGHT,) if weights_only else source.states
         parts = parallel.tensor_parallel_size
-        files: list[FileToWrite] = plan_files(source.specs(), states, parts, reader.dtype, reader.read)
+
+        def dtype_of(name: str, state: str) -> str:
+            return dtype or reader.dtype(name, state)
+
+        files: list[FileToWrite] = plan_files(source.specs(), states, parts, dtype_of, reader.read)
     on_start(planned_bytes(files))
     write_checkpoint(target, group, share_of(files, group, on_progress), partial(_manifest, reader, parts, states))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from launcher.start import megacore_command, mpi_command
 from megacore.checkpoint.reader import CheckpointReader
@@ -39,6 +40,17 @@ def test_a_checkpoint_is_cut_for_another_layout_by_any_number_of_ranks(tmp_path:
         assert np.array_equal(reader.read(name, "weight"), values(name))
 
 
+def test_bf16_weights_are_rounded_once_and_cut_without_loss(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", parts=1)
+    run(megacore_command("convert", source, tmp_path / "bf16", "--dtype", "bf16", "--weights-only"))
+    run(megacore_command("convert", tmp_path / "bf16", tmp_path / "tp2", "tensor_parallel_size=2"))
+    reader = CheckpointReader(tmp_path / "tp2")
+    for name in SPECS:
+        expected = torch.from_numpy(values(name)).bfloat16()
+        assert reader.dtype(name, "weight") == "bfloat16"
+        assert torch.equal(torch.from_numpy(reader.read(name, "weight")), expected.float())
+
+
 def test_hugging_face_in_and_out_under_mpirun(tmp_path: Path) -> None:
     saved("qwen3", tmp_path / "hf")
     run(mpi_command(2, "convert", tmp_path / "hf", tmp_path / "imported", "tensor_parallel_size=2"))
@@ -56,7 +68,8 @@ def test_hugging_face_in_and_out_under_mpirun(tmp_path: Path) -> None:
         (["nowhere", "out"], ["nowhere", "config.json"]),
         (["source", "out", "--to", "onnx"], ["--to onnx", "megacore or hf"]),
         (["source", "out", "--to", "hf", "tensor_parallel_size=2"], ["tensor_parallel_size=2"]),
-        (["source", "out", "--dtype", "bf16"], ["--dtype bf16", "--to hf"]),
+        (["source", "out", "--dtype", "bf16"], ["--dtype bf16", "--weights-only"]),
+        (["source", "out", "--dtype", "fp8"], ["--dtype fp8", "fp32 or bf16"]),
         (["source", "source"], ["source", "exists already"]),
         (["source", "out", "tensor_parallel_size=3"], ["tensor_parallel_size=3", "num_attention_heads=4"]),
     ],
