@@ -6,24 +6,28 @@ import hashlib
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
 from megacore.checkpoint.manifest import FileRecord, Manifest, Piece, read_manifest
-from megacore.checkpoint.stream import DTYPES
+from megacore.checkpoint.tensor_file import TensorFile
 from megacore.errors import CheckpointError
 from megacore.params import Region, region_shape
 
 _BLOCK = 1 << 22
 """Entries read at once while a checksum is computed."""
+_MAX_OPEN_FILES = 128
+"""Of a checkpoint that may have thousands."""
 
 FloatArray = NDArray[np.floating[Any]]
+Rows = Callable[[int, int], torch.Tensor]
+"""(start, stop) -> those rows of a stored tensor's first dim."""
 
 
 class CheckpointReader:
@@ -44,7 +48,7 @@ class CheckpointReader:
             self._check_size(name, record)
             for key, piece in record.pieces.items():
                 self._pieces[piece.parameter, piece.state].append((name, key, piece))
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, TensorFile] = {}
         self._checked: set[tuple[str, str]] = set()
 
     def _check_size(self, name: str, record: FileRecord) -> None:
@@ -95,7 +99,8 @@ class CheckpointReader:
         shape = region_shape(box)
         slices = tuple(slice(start, stop) for start, stop in part)
         if len(pieces) == 1 and pieces[0][2].run is None:
-            return _array(self._stored(*pieces[0])[slices])
+            rows = self._stored(*pieces[0])(*part[0])
+            return _array(rows[(slice(None), *slices[1:])])
         # Flat runs: fetch whole rows of the first dim, then cut the other dims.
         inner = math.prod(shape[1:])
         first, stop = part[0][0] * inner, part[0][1] * inner
@@ -104,7 +109,7 @@ class CheckpointReader:
             begin, end = max(first, low), min(stop, high)
             if begin < end:
                 stored = self._stored(name, key, piece)
-                flat[begin - first : end - first] = _array(stored[begin - low : end - low])
+                flat[begin - first : end - first] = _array(stored(begin - low, end - low))
         return flat.reshape(-1, *shape[1:])[(slice(None), *slices[1:])]
 
     def _runs(
@@ -118,25 +123,28 @@ class CheckpointReader:
             raise CheckpointError(f"{self.path}: pieces of {pieces[0][2].parameter} are missing or overlap")
         return runs
 
-    def _stored(self, name: str, key: str, piece: Piece) -> Any:
-        """Return a lazily sliced stored tensor, after its checksum was found right once."""
+    def _stored(self, name: str, key: str, piece: Piece) -> Rows:
+        """Return what reads rows of a stored tensor, after its checksum was found right once."""
         file = self.path / name
         try:
             if name not in self._open:
-                self._open[name] = safe_open(file, framework="pt")
-            stored = self._open[name].get_slice(key)
-            if tuple(stored.get_shape()) != piece.shape or stored.get_dtype() != DTYPES[piece.dtype]:
+                if len(self._open) >= _MAX_OPEN_FILES:
+                    self._open.pop(next(iter(self._open))).close()
+                self._open[name] = TensorFile(file)
+            stored = self._open[name].tensors.get(key)
+            if stored is None or (stored.shape, stored.dtype) != (piece.shape, piece.dtype):
                 raise CheckpointError(f"{file}: {key} has another shape or type than the manifest says")
+            rows: Rows = partial(self._open[name].rows, key)
             if (name, key) not in self._checked:
                 checksum = hashlib.sha256()
-                for block in _blocks(stored, piece.shape):
+                for block in _blocks(rows, piece.shape):
                     checksum.update(block.view(torch.uint8).numpy().data)
                 if checksum.hexdigest() != piece.sha256:
                     raise CheckpointError(f"{file}: {key} was altered (its checksum does not match)")
                 self._checked.add((name, key))
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{file}: {key} cannot be read: {error}") from error
-        return stored
+        return rows
 
     def scan(self) -> Iterator[tuple[str, str, FloatArray]]:
         """Yield every stored value once, in blocks, as (file, tensor name, block), checking checksums."""
@@ -173,8 +181,8 @@ def _array(tensor: torch.Tensor) -> FloatArray:
     return values
 
 
-def _blocks(stored: Any, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
+def _blocks(rows_of: Rows, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
     """Cut a stored tensor along its first dim into blocks of bounded size."""
     rows = max(1, _BLOCK // max(1, math.prod(shape[1:])))
     for start in range(0, shape[0], rows):
-        yield stored[start : min(start + rows, shape[0])].contiguous()
+        yield rows_of(start, min(start + rows, shape[0]))

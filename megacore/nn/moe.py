@@ -8,7 +8,6 @@ one, its output is multiplied by its probability (Switch Transformer, Fedus et a
 from __future__ import annotations
 
 import torch
-from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 from megacore.model_config import Stack
@@ -65,6 +64,8 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, kit: Kit, stack: Stack) -> None:
         super().__init__()
+        from deepspeed.moe.layer import MoE  # here, so that what only reads checkpoints starts quickly
+
         config = kit.config
         self.router_weight = kit.declare(write("routes"), read("hidden"), initial="normal")
         self.experts = Experts(kit, stack)

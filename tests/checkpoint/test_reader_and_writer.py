@@ -126,7 +126,7 @@ def remove(file: Path) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "what"),
-    [(truncate, "cut short"), (flip, "altered"), (damage_header, "another shape or type"), (remove, "missing")],
+    [(truncate, "cut short"), (flip, "altered"), (damage_header, "header is damaged"), (remove, "missing")],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, damage: Callable[[Path], None], what: str) -> None:
     path = write(tmp_path / "c", parts=2)
