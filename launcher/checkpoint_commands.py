@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from launcher.bars import byte_bar
+from launcher.options import one_of
 from megacore.communicator import mpi_or_alone, together
 from megacore.errors import ConfigError
 from megacore.publish import os_errors, replace_file
@@ -51,8 +52,9 @@ def grow(
     group = mpi_or_alone()
     began = time.perf_counter()
     with together(group):
-        _one_of("--optimizer", optimizer, ("map", "reset"))
-        _one_of("--dtype", dtype, (None, "float32", "float64"))
+        one_of("--optimizer", optimizer, ("map", "reset"))
+        if dtype is not None:
+            one_of("--dtype", dtype, ("float32", "float64"))
         reader = CheckpointReader(source)
         values = parse_overrides(sizes)
         # How the files are cut; a run of any layout can read them.
@@ -96,7 +98,7 @@ def verify(
     from megacore.checkpoint.reader import CheckpointReader
     from megacore.growth.verify import check_integrity, compare, random_batch
 
-    _one_of("--dtype", dtype, ("float32", "float64"))
+    one_of("--dtype", dtype, ("float32", "float64"))
     reader = CheckpointReader(checkpoint)
     size = sum(file.size for file in reader.manifest.files.values())
     with byte_bar("reading", size, enabled=True) as advance:
@@ -186,11 +188,6 @@ def _parameter_count(specs: dict[str, Any]) -> int:
 def _write_json(path: Path, figures: dict[str, Any]) -> None:
     with os_errors(path, ConfigError):
         replace_file(path, (json.dumps(figures) + "\n").encode())
-
-
-def _one_of(option: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{option}={value}: use {' or '.join(name for name in allowed if name)}")
 
 
 def _data_batches(path: Path, samples: int, model: ModelConfig) -> list[ModelBatch]:

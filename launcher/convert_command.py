@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from launcher.bars import byte_bar
+from launcher.options import one_of
 from megacore.communicator import mpi_or_alone, together
 from megacore.errors import ConfigError
 
@@ -43,10 +44,10 @@ def convert(
     group = mpi_or_alone()
     began = time.perf_counter()
     with together(group):
-        _one_of("--from", source_format, _SOURCES)
-        _one_of("--to", target_format, _TARGETS)
+        one_of("--from", source_format, _SOURCES)
+        one_of("--to", target_format, _TARGETS)
         if dtype is not None:
-            _one_of("--dtype", dtype, tuple(_DTYPES))
+            one_of("--dtype", dtype, _DTYPES)
         known = _detected(source) if source_format == "auto" else source_format
         if known == "hf" and target_format == "hf":
             raise ConfigError("--from hf --to hf: nothing to convert")
@@ -79,8 +80,3 @@ def _detected(path: Path) -> str:
         if (path / name).is_file():
             return kind
     raise ConfigError(f"{path}: neither a checkpoint (manifest.json) nor a Hugging Face directory (config.json)")
-
-
-def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{option} {value}: use {' or '.join(allowed)}")

@@ -41,6 +41,9 @@ from megacore.training.runs import checkpoint_path, checkpoints, lock_run, remov
 from megacore.training.saver import Saver
 from megacore.training.schedule import learning_rate
 
+_LAST_SAVE_SECONDS = 120.0
+"""What a failed run leaves its last checkpoint, which is good, to be written."""
+
 
 def train(config: RunConfig) -> None:
     """Train a stage, from its last checkpoint if there is one; every process of the job calls this.
@@ -174,6 +177,7 @@ class TrainingStage:
                     self._save(display)
             self._saver.wait()
         finally:
+            self._saver.finish(_LAST_SAVE_SECONDS)
             display.close()
             if self._log is not None:
                 self._log.close()

@@ -71,6 +71,11 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
+    def finish(self, seconds: float) -> None:
+        """Let a checkpoint that is being written come to its end, for so long at most; for a run that has failed."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+
     def _caught(self, write: Callable[[Sequence[PieceToWrite]], None], pieces: Sequence[PieceToWrite]) -> None:
         try:
             write(pieces)
