@@ -3,8 +3,8 @@
     python bench/checkpoint.py            # 1.3B parameters in bf16, about 6 GB of disk under TMPDIR
     python bench/checkpoint.py --small    # a tenth of it, under 2 minutes
 
-The last line is one JSON object: ``reshard_vs_cp`` (wall time of ``megacore convert``, TP 2 to TP 4, by that of a copy
-of the same bytes, both flushed to the disk), ``reshard_rss_excess_mb`` (its peak resident memory beyond twice the
+The last line is one JSON object: ``reshard_vs_cp`` (wall time of ``megacore convert``, TP 2 × PP 2 to TP 4, by
+that of a copy of the same bytes, both flushed to the disk), ``reshard_rss_excess_mb`` (its peak resident memory beyond twice the
 largest target shard of a tensor), ``ranks2_speedup`` (one rank's time by two ranks'), ``async_stall_ratio`` (what a
 save in the background adds to a step, by what a waiting save adds).
 """
@@ -39,26 +39,26 @@ from megacore.params import Region, Shard, region_shape
 from megacore.settings import validated
 from megacore.training.saver import Saver
 
-SOURCE_PARTS, TARGET_PARTS = 2, 4
+SOURCE = Layout(tensor_parallel_size=2, pipeline_parallel_size=2)
+TARGET_PARTS = 4
 
 
 def write_random(path: Path, model: ModelConfig) -> None:
-    """Write a checkpoint of random bf16 weights for tensor parallelism 2."""
+    """Write a checkpoint of random bf16 weights in files for TP 2 × PP 2."""
     noise = np.random.default_rng(0).standard_normal(1 << 22, np.float32)
 
     def box(name: str, state: str, region: Region) -> np.ndarray[Any, Any]:
         return np.resize(noise, region_shape(region))
 
     specs = declarations(model)
-    files = plan_files(specs, (WEIGHT,), SOURCE_PARTS, lambda name, state: "bfloat16", box)
+    files = plan_files(specs, (WEIGHT,), SOURCE, lambda name, state: "bfloat16", box)
     write_checkpoint(path, Alone(), files, partial(_manifest, model))
 
 
 def _manifest(model: ModelConfig, files: Any) -> Manifest:
     specs = declarations(model)
     records = parameter_records(specs, dict.fromkeys(specs, (1.0, 1.0)))
-    layout = Layout(tensor_parallel_size=SOURCE_PARTS)
-    return Manifest(model=model, layout=layout, progress=Progress(), parameters=records, files=files)
+    return Manifest(model=model, layout=SOURCE, progress=Progress(), parameters=records, files=files)
 
 
 def copied(source: Path, target: Path) -> None:
@@ -118,7 +118,7 @@ def stall(folder: Path, model: ModelConfig, rounds: int) -> float:
     values = {name: np.ones(spec.shape, np.float32) for name, spec in specs.items()}
     states = (WEIGHT, *MOMENTS)
     files = plan_files(
-        specs, states, 1, lambda name, state: "float32", lambda name, state, region: _cut(values[name], region)
+        specs, states, Layout(), lambda name, state: "float32", lambda name, state, region: _cut(values[name], region)
     )
     pieces = [piece for _, file in files for piece in file]
     times: dict[bool, list[float]] = {True: [], False: []}

@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megacore.checkpoint.manifest import Layout
 from megacore.checkpoint.stream import ITEM_BYTES
 from megacore.checkpoint.writer import FileToWrite, PieceToWrite
 from megacore.communicator import Communicator
+from megacore.config import ParallelConfig
 from megacore.params import ParamSpec, Region, Shard, region_shape
 
 _BLOCK_ENTRIES = 1 << 21
 """Entries of a tensor that are computed at once: bounds the memory, 16 MiB in float64."""
 MAX_FILE_BYTES = 1 << 30
 """A tensor-parallel rank's tensors are spread over files of about this size."""
+_BLOCK_NAME = re.compile(r"(.*\.)?layers\.\d+\.")
 
 BoxOf = Callable[[str, str, Region], NDArray[np.floating]]
 """(parameter, state, box) -> its values."""
 
 
+def layout_of(parallel: ParallelConfig) -> Layout:
+    """Return how the files of a converted checkpoint are cut."""
+    return Layout(
+        tensor_parallel_size=parallel.tensor_parallel_size, pipeline_parallel_size=parallel.pipeline_parallel_size
+    )
+
+
 def plan_files(
     specs: Mapping[str, ParamSpec],
     states: Iterable[str],
-    tensor_parallel_size: int,
+    layout: Layout,
     dtype_of: Callable[[str, str], str],
     box_of: BoxOf,
     max_file_bytes: int = MAX_FILE_BYTES,
@@ -36,30 +47,53 @@ def plan_files(
     Args:
         specs: every parameter's declaration.
         states: to be written of each.
-        tensor_parallel_size: each tensor-parallel rank of the target will find its own files.
+        layout: each tensor-parallel rank of each pipeline stage of the target will find its own files.
         dtype_of: (parameter, state) -> the dtype to store.
         box_of: makes the values.
         max_file_bytes: size from which on a new file is begun.
     """
     states = tuple(states)
     files: list[FileToWrite] = []
-    for rank in range(tensor_parallel_size):
-        chunk: list[PieceToWrite] = []
-        size = number = 0
-        for name, spec in specs.items():
-            if spec.sharded_dim is None and rank > 0:
-                continue  # replicated parameters are stored once
-            region = spec.local_region(Shard(rank, tensor_parallel_size))
-            for state in states:
-                blocks = partial(_blocks, box_of, name, state, region)
-                piece = PieceToWrite(state, name, region, None, dtype_of(name, state), blocks)
-                if chunk and size + piece_bytes(piece) > max_file_bytes:
-                    files.append((f"tp{rank:02d}-{number:04d}.safetensors", chunk))
-                    chunk, size, number = [], 0, number + 1
-                chunk.append(piece)
-                size += piece_bytes(piece)
-        files.append((f"tp{rank:02d}-{number:04d}.safetensors", chunk))
+    for stage, held in enumerate(_stages(specs, layout.pipeline_parallel_size)):
+        for rank in range(layout.tensor_parallel_size):
+            shard = Shard(rank, layout.tensor_parallel_size)
+            pieces = [
+                PieceToWrite(state, name, region, None, dtype_of(name, state), blocks)
+                for name, spec in held.items()
+                if rank == 0 or spec.sharded_dim is not None  # replicated parameters are stored once
+                for region in [spec.local_region(shard)]
+                for state in states
+                for blocks in [partial(_blocks, box_of, name, state, region)]
+            ]
+            for number, chunk in enumerate(_chunks(pieces, max_file_bytes)):
+                files.append((f"pp{stage:02d}-tp{rank:02d}-{number:04d}.safetensors", chunk))
     return files
+
+
+def _stages(specs: Mapping[str, ParamSpec], parts: int) -> list[dict[str, ParamSpec]]:
+    """Cut the parameters, in order, into pipeline stages of about equal numbers of blocks."""
+    blocks = {match[0]: None for name in specs if (match := _BLOCK_NAME.match(name))}
+    stage_of = {block: number * parts // len(blocks) for number, block in enumerate(blocks)}
+    stages: list[dict[str, ParamSpec]] = [{} for _ in range(parts)]
+    stage = 0
+    for name, spec in specs.items():
+        match = _BLOCK_NAME.match(name)
+        stage = stage_of[match[0]] if match else stage
+        stages[stage][name] = spec
+    return stages
+
+
+def _chunks(pieces: list[PieceToWrite], max_file_bytes: int) -> Iterator[list[PieceToWrite]]:
+    chunk: list[PieceToWrite] = []
+    size = 0
+    for piece in pieces:
+        if chunk and size + piece_bytes(piece) > max_file_bytes:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(piece)
+        size += piece_bytes(piece)
+    if chunk:
+        yield chunk
 
 
 def _blocks(box_of: BoxOf, name: str, state: str, region: Region) -> Iterator[NDArray[np.floating]]:

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megacore.checkpoint.files import plan_files, planned_bytes, share_of
-from megacore.checkpoint.manifest import WEIGHT, FileRecord, Layout, Manifest, Progress, parameter_records
+from megacore.checkpoint.files import layout_of, plan_files, planned_bytes, share_of
+from megacore.checkpoint.manifest import WEIGHT, FileRecord, Manifest, Progress, parameter_records
 from megacore.checkpoint.reader import CheckpointReader
 from megacore.checkpoint.stream import Entry, SafetensorsStream
 from megacore.checkpoint.writer import write_checkpoint
@@ -202,14 +202,14 @@ def import_huggingface(
     with together(group):
         read = HuggingFaceSource(source)
         parallel.check(read.model)
-        parts = parallel.tensor_parallel_size
-        files = plan_files(read.specs, (WEIGHT,), parts, lambda name, state: dtype, read.box)
+        layout = layout_of(parallel)
+        files = plan_files(read.specs, (WEIGHT,), layout, lambda name, state: dtype, read.box)
     on_start(Import(planned_bytes(files), read.new, read.left_out))
 
     def manifest(records: dict[str, FileRecord]) -> Manifest:
         return Manifest(
             model=read.model,
-            layout=Layout(tensor_parallel_size=parts),
+            layout=layout,
             progress=Progress(),
             parameters=parameter_records(read.specs, dict.fromkeys(read.specs, (1.0, 1.0))),
             files=records,

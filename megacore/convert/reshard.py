@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from megacore.checkpoint.files import plan_files, planned_bytes, share_of
+from megacore.checkpoint.files import layout_of, plan_files, planned_bytes, share_of
 from megacore.checkpoint.manifest import WEIGHT, FileRecord, Layout, Manifest
 from megacore.checkpoint.reader import CheckpointReader
 from megacore.checkpoint.writer import FileToWrite, write_checkpoint
@@ -44,22 +44,24 @@ def reshard(
     with together(group):
         parallel.check(source.model)
         states = (WEIGHT,) if weights_only else source.states
-        parts = parallel.tensor_parallel_size
+        layout = layout_of(parallel)
 
         def dtype_of(name: str, state: str) -> str:
             return dtype or reader.dtype(name, state)
 
-        files: list[FileToWrite] = plan_files(source.specs(), states, parts, dtype_of, reader.read)
+        files: list[FileToWrite] = plan_files(source.specs(), states, layout, dtype_of, reader.read)
     on_start(planned_bytes(files))
-    write_checkpoint(target, group, share_of(files, group, on_progress), partial(_manifest, reader, parts, states))
+    write_checkpoint(target, group, share_of(files, group, on_progress), partial(_manifest, reader, layout, states))
 
 
-def _manifest(reader: CheckpointReader, parts: int, states: tuple[str, ...], files: dict[str, FileRecord]) -> Manifest:
+def _manifest(
+    reader: CheckpointReader, layout: Layout, states: tuple[str, ...], files: dict[str, FileRecord]
+) -> Manifest:
     source = reader.manifest
     fresh = {} if len(states) > 1 else {"optimizer_step": 0, "loss_scaling": None}
     return source.model_copy(
         update={
-            "layout": Layout(tensor_parallel_size=parts),
+            "layout": layout,
             "progress": source.progress.model_copy(update=fresh),
             "files": files,
         }

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megacore.checkpoint.files import MAX_FILE_BYTES, plan_files, share_of
-from megacore.checkpoint.manifest import WEIGHT, Annealing, FileRecord, Layout, Manifest, parameter_records
+from megacore.checkpoint.files import MAX_FILE_BYTES, layout_of, plan_files, share_of
+from megacore.checkpoint.manifest import WEIGHT, Annealing, FileRecord, Manifest, parameter_records
 from megacore.checkpoint.reader import CheckpointReader
 from megacore.checkpoint.writer import FileToWrite, write_checkpoint
 from megacore.communicator import Communicator, together
@@ -79,8 +79,8 @@ def planned_files(reader: CheckpointReader, plan: GrowthPlan, output: GrowthOutp
     def dtype_of(name: str, state: str) -> str:
         return output.dtype or reader.dtype(name, state)
 
-    parts = output.parallel.tensor_parallel_size
-    return plan_files(plan.specs, states, parts, dtype_of, partial(grow_box, reader, plan), output.max_file_bytes)
+    layout = layout_of(output.parallel)
+    return plan_files(plan.specs, states, layout, dtype_of, partial(grow_box, reader, plan), output.max_file_bytes)
 
 
 def _manifest(
@@ -107,7 +107,7 @@ def _manifest(
     }
     return Manifest(
         model=plan.target,
-        layout=Layout(tensor_parallel_size=output.parallel.tensor_parallel_size),
+        layout=layout_of(output.parallel),
         progress=source.progress if output.keep_optimizer else source.progress.model_copy(update={"optimizer_step": 0}),
         annealing=Annealing(
             since_step=source.progress.step, hold_steps=output.hold_steps, anneal_steps=output.anneal_steps
