@@ -3,9 +3,9 @@
     python bench/checkpoint.py            # 1.3B parameters in bf16, about 6 GB of disk under TMPDIR
     python bench/checkpoint.py --small    # a tenth of it, under 2 minutes
 
-The last line is one JSON object: ``reshard_vs_cp`` (wall time of ``megacore convert``, TP 2 × PP 2 to TP 4, by
-that of a copy of the same bytes, both flushed to the disk), ``reshard_rss_excess_mb`` (its peak resident memory beyond twice the
-largest target shard of a tensor), ``ranks2_speedup`` (one rank's time by two ranks'), ``async_stall_ratio`` (what a
+The last line is one JSON object: ``reshard_vs_cp`` (wall time of ``megacore convert``, TP 2 × PP 2 to TP 4, by that of
+a copy of the same bytes, both flushed to the disk), ``reshard_rss_excess_mb`` (its peak resident memory beyond twice
+the largest target shard of a tensor), ``ranks2_speedup`` (one rank's time by two ranks'), ``async_stall_ratio`` (what a
 save in the background adds to a step, by what a waiting save adds).
 """
 

@@ -1,4 +1,4 @@
-"""``megacore convert``: checkpoints to other layouts, and from and to Hugging Face."""
+"""``megacore convert``: checkpoints to other layouts, and from and to Hugging Face and DeepSpeed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from megacore.communicator import mpi_or_alone, together
 from megacore.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megacore.convert.huggingface import Import
+    from megacore.convert.imports import Import, Source
 
-_SOURCES, _TARGETS = ("auto", "megacore", "hf"), ("megacore", "hf")
+_SOURCES, _TARGETS = ("auto", "megacore", "hf", "deepspeed"), ("megacore", "hf", "deepspeed-universal")
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -24,11 +24,12 @@ def convert(
     source: Path = typer.Argument(..., help="Checkpoint, or directory of another format.", show_default=False),
     target: Path = typer.Argument(..., help="Directory to write; must not exist.", show_default=False),
     layout: list[str] = typer.Argument(
-        None, metavar="[KEY=VALUE]...", help="Layout of the files: tensor_parallel_size=T."
+        None, metavar="[KEY=VALUE]...", help="Layout of the files: tensor_parallel_size=T pipeline_parallel_size=P."
     ),
-    source_format: str = typer.Option("auto", "--from", help="auto, megacore or hf (a Hugging Face directory)."),
-    target_format: str = typer.Option("megacore", "--to", help="megacore or hf."),
+    source_format: str = typer.Option("auto", "--from", help="auto, megacore, hf (Hugging Face) or deepspeed."),
+    target_format: str = typer.Option("megacore", "--to", help="megacore, hf or deepspeed-universal."),
     dtype: str = typer.Option(None, help="fp32 or bf16; checkpoints keep the source's by default."),
+    config: Path = typer.Option(None, help="The run's CONFIG.yaml, where a source does not say what model it is of."),
     weights_only: bool = typer.Option(False, "--weights-only", help="Leave the optimizer's state out."),
 ) -> None:
     """Convert a checkpoint; alone, or in parallel under mpirun.
@@ -37,9 +38,13 @@ def convert(
     """
     from megacore.checkpoint.reader import CheckpointReader
     from megacore.config import ParallelConfig
-    from megacore.convert.huggingface import export_huggingface, import_huggingface
+    from megacore.convert.deepspeed import DeepSpeedSource
+    from megacore.convert.huggingface import HuggingFaceSource, export_huggingface
+    from megacore.convert.imports import import_checkpoint
     from megacore.convert.reshard import reshard
-    from megacore.settings import parse_overrides, validated
+    from megacore.convert.universal import export_universal
+    from megacore.model_config import ModelConfig
+    from megacore.settings import parse_overrides, read_yaml, validated
 
     group = mpi_or_alone()
     began = time.perf_counter()
@@ -49,15 +54,21 @@ def convert(
         if dtype is not None:
             one_of("--dtype", dtype, _DTYPES)
         known = _detected(source) if source_format == "auto" else source_format
-        if known == "hf" and target_format == "hf":
-            raise ConfigError("--from hf --to hf: nothing to convert")
-        if dtype == "bf16" and target_format == "megacore" and not weights_only:
+        if known != "megacore" and target_format != "megacore":
+            raise ConfigError(f"--from {known} --to {target_format}: convert to megacore first, then from it")
+        if target_format == "deepspeed-universal" and (dtype or weights_only):
+            raise ConfigError("--to deepspeed-universal holds fp32 and optimizer: leave out --dtype, --weights-only")
+        if dtype == "bf16" and known == target_format == "megacore" and not weights_only:
             raise ConfigError("--dtype bf16 would round the optimizer's state: add --weights-only")
         if layout and target_format == "hf":
             raise ConfigError(f"{layout[0]}: a Hugging Face directory has no layout")
         parallel = validated(ParallelConfig, parse_overrides(layout or ()))
         reader = CheckpointReader(source) if known == "megacore" else None
+        model = None if config is None else validated(ModelConfig, read_yaml(config).get("model", {}), f"{config}: ")
         stored = None if dtype is None else _DTYPES[dtype]
+
+    def opened() -> Source:
+        return HuggingFaceSource(source) if known == "hf" else DeepSpeedSource(source, model)
 
     def started(facts: Import) -> None:
         for what, names in (("new, from initial values", facts.new), ("left out", facts.left_out)):
@@ -66,17 +77,32 @@ def convert(
 
     with byte_bar("converting (rank 0)", None, enabled=group.rank == 0) as advance:
         if reader is None:
-            import_huggingface(source, target, parallel, group, stored or "float32", started, advance)
+            import_checkpoint(opened, target, parallel, group, stored, weights_only, started, advance)
         elif target_format == "hf":
             export_huggingface(reader, target, stored or "float32", group, advance)
+        elif target_format == "deepspeed-universal":
+            export_universal(reader, target, parallel.pipeline_parallel_size > 1, group, advance)
         else:
             reshard(reader, target, parallel, group, weights_only, stored, on_progress=advance)
     if group.rank == 0:
         typer.echo(f"{target}: {known} → {target_format}, {time.perf_counter() - began:.1f} s with {group.size} ranks")
 
 
+_MARKS = {
+    "manifest.json": "megacore",
+    "config.json": "hf",
+    "latest_universal": "deepspeed",
+    "latest": "deepspeed",
+    "*_model_states.pt": "deepspeed",
+}
+"""Files by which a format is known."""
+
+
 def _detected(path: Path) -> str:
-    for name, kind in (("manifest.json", "megacore"), ("config.json", "hf")):
-        if (path / name).is_file():
+    for pattern, kind in _MARKS.items():
+        if any(path.glob(pattern)):
             return kind
-    raise ConfigError(f"{path}: neither a checkpoint (manifest.json) nor a Hugging Face directory (config.json)")
+    raise ConfigError(
+        f"{path}: neither a checkpoint (manifest.json), nor a Hugging Face directory (config.json), nor DeepSpeed's "
+        "(latest, *_model_states.pt)"
+    )

@@ -6,15 +6,13 @@ import hashlib
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from megacore.checkpoint.assemble import FloatArray, Rows, Run, as_array, assembled, follow_each_other, read_runs
 from megacore.checkpoint.manifest import FileRecord, Manifest, Piece, read_manifest
 from megacore.checkpoint.tensor_file import TensorFile
 from megacore.errors import CheckpointError
@@ -24,10 +22,6 @@ _BLOCK = 1 << 22
 """Entries read at once while a checksum is computed."""
 _MAX_OPEN_FILES = 128
 """Of a checkpoint that may have thousands."""
-
-FloatArray = NDArray[np.floating[Any]]
-Rows = Callable[[int, int], torch.Tensor]
-"""(start, stop) -> those rows of a stored tensor's first dim."""
 
 
 class CheckpointReader:
@@ -74,16 +68,8 @@ class CheckpointReader:
     def read(self, parameter: str, state: str, region: Region | None = None) -> FloatArray:
         """Return a box of a global tensor (all of it by default), as a new array; bfloat16 becomes float32."""
         region = region or tuple((0, size) for size in self.shape(parameter))
-        result = np.empty(region_shape(region), _array_dtype(self.dtype(parameter, state)))
-        filled = 0
-        for box, pieces in self._boxes(parameter, state).items():
-            overlap = tuple((max(a0, b0), min(a1, b1)) for (a0, a1), (b0, b1) in zip(region, box, strict=True))
-            if any(start >= stop for start, stop in overlap):
-                continue
-            target = tuple(slice(o0 - r0, o1 - r0) for (o0, o1), (r0, _) in zip(overlap, region, strict=True))
-            source = tuple((o0 - b0, o1 - b0) for (o0, o1), (b0, _) in zip(overlap, box, strict=True))
-            result[target] = self._read_box(box, pieces, source)
-            filled += math.prod(region_shape(overlap))
+        boxes = {box: partial(self._read_box, box, pieces) for box, pieces in self._boxes(parameter, state).items()}
+        result, filled = assembled(region, boxes, _array_dtype(self.dtype(parameter, state)))
         if filled != result.size:
             raise CheckpointError(f"{self.path}: {filled} of {result.size} entries of {parameter}/{state} are stored")
         return result
@@ -100,26 +86,18 @@ class CheckpointReader:
         slices = tuple(slice(start, stop) for start, stop in part)
         if len(pieces) == 1 and pieces[0][2].run is None:
             rows = self._stored(*pieces[0])(*part[0])
-            return _array(rows[(slice(None), *slices[1:])])
-        # Flat runs: fetch whole rows of the first dim, then cut the other dims.
-        inner = math.prod(shape[1:])
-        first, stop = part[0][0] * inner, part[0][1] * inner
-        flat = np.empty(stop - first, _array_dtype(pieces[0][2].dtype))
-        for (low, high), (name, key, piece) in self._runs(box, pieces):
-            begin, end = max(first, low), min(stop, high)
-            if begin < end:
-                stored = self._stored(name, key, piece)
-                flat[begin - first : end - first] = _array(stored(begin - low, end - low))
-        return flat.reshape(-1, *shape[1:])[(slice(None), *slices[1:])]
+            return as_array(rows[(slice(None), *slices[1:])])
+        return read_runs(shape, self._runs(box, pieces), _array_dtype(pieces[0][2].dtype), part)
 
-    def _runs(
-        self, box: Region, pieces: list[tuple[str, str, Piece]]
-    ) -> list[tuple[tuple[int, int], tuple[str, str, Piece]]]:
+    def _runs(self, box: Region, pieces: list[tuple[str, str, Piece]]) -> list[Run]:
         """Return a box's flat runs in order, having checked that they follow each other from end to end."""
         size = math.prod(region_shape(box))
-        runs = sorted(((item[2].run or (0, size), item) for item in pieces), key=lambda run: run[0])
-        ends = [0, *(high for (_, high), _ in runs)]
-        if [low for (low, _), _ in runs] != ends[:-1] or ends[-1] != size:
+
+        def rows_of(item: tuple[str, str, Piece]) -> Rows:
+            return lambda start, stop: self._stored(*item)(start, stop)  # opened when it is read
+
+        runs = sorted(((item[2].run or (0, size), rows_of(item)) for item in pieces), key=lambda run: run[0])
+        if not follow_each_other(runs, size):
             raise CheckpointError(f"{self.path}: pieces of {pieces[0][2].parameter} are missing or overlap")
         return runs
 
@@ -151,7 +129,7 @@ class CheckpointReader:
         for name, record in self.manifest.files.items():
             for key, piece in record.pieces.items():
                 for block in _blocks(self._stored(name, key, piece), piece.shape):
-                    yield name, key, _array(block)
+                    yield name, key, as_array(block)
 
     def check_coverage(self) -> None:
         """Check that every entry of every parameter is stored exactly once, in every state."""
@@ -174,11 +152,6 @@ class CheckpointReader:
 def _array_dtype(dtype: str) -> str:
     """Return the numpy type that holds a stored one: numpy has no bfloat16."""
     return "float32" if dtype == "bfloat16" else dtype
-
-
-def _array(tensor: torch.Tensor) -> FloatArray:
-    values: FloatArray = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    return values
 
 
 def _blocks(rows_of: Rows, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:

@@ -15,19 +15,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megacore.checkpoint.files import layout_of, plan_files, planned_bytes, share_of
-from megacore.checkpoint.manifest import WEIGHT, FileRecord, Manifest, Progress, parameter_records
+from megacore.checkpoint.manifest import WEIGHT
 from megacore.checkpoint.reader import CheckpointReader
 from megacore.checkpoint.stream import Entry, SafetensorsStream
-from megacore.checkpoint.writer import write_checkpoint
 from megacore.communicator import Communicator, together
-from megacore.config import ParallelConfig
 from megacore.convert.families import Family
 from megacore.convert.hf_config import config_of, family_of, model_from
 from megacore.convert.hf_files import CONFIG, TOKENIZER_FILES, HuggingFaceFiles, read_json
+from megacore.convert.imports import fresh_manifest
 from megacore.convert.links import Link
 from megacore.errors import CheckpointError
-from megacore.models.transformer import declarations
 from megacore.params import ParamSpec, Region, region_shape
 from megacore.publish import os_errors, publishing, write_text
 
@@ -45,21 +42,6 @@ _ALIASES = {
 """Tied tensors: the name that is read first, and the others that files may have, too or instead."""
 
 
-@dataclass(frozen=True)
-class Import:
-    """What an import does, known before anything is written.
-
-    Args:
-        bytes: to be written.
-        new: parameters that the source lacks, which start from initial values.
-        left_out: tensors of the source that no model of megacore has.
-    """
-
-    bytes: int
-    new: tuple[str, ...]
-    left_out: tuple[str, ...]
-
-
 class HuggingFaceSource:
     """A Hugging Face directory as parameters.
 
@@ -72,13 +54,17 @@ class HuggingFaceSource:
         ConfigError: megacore does not compute this model.
     """
 
+    format = "hf"
+    states: tuple[str, ...] = (WEIGHT,)
+
     def __init__(self, path: Path, seed: int = 0) -> None:
         self.path, self._seed = path, seed
         self._files = HuggingFaceFiles(path)
         where = str(path / CONFIG)
         self._family: Family = family_of(self._files.config, where)
         self.model = model_from(self._files.config, self._files.names, where)
-        self.specs = declarations(self.model)
+        self.manifest = fresh_manifest(self.model)
+        self.specs = self.manifest.specs()
         self._names = set(self._files.names)
         self._links: dict[str, list[tuple[Link, str]]] = defaultdict(list)
         missing: dict[str, str] = {}
@@ -174,49 +160,6 @@ class HuggingFaceSource:
         for name in (CONFIG, *TOKENIZER_FILES):
             if (self.path / name).is_file():
                 shutil.copyfile(self.path / name, directory / ATTACHED / name)
-
-
-def import_huggingface(
-    source: Path,
-    target: Path,
-    parallel: ParallelConfig,
-    group: Communicator,
-    dtype: str = "float32",
-    on_start: Callable[[Import], None] = lambda facts: None,
-    on_progress: Callable[[int], None] = lambda size: None,
-) -> None:
-    """Write a Hugging Face directory as a checkpoint of weights; every rank of ``group`` calls this.
-
-    Args:
-        source: the directory.
-        target: the checkpoint to write; must not exist.
-        parallel: the layout of its files; a run of any layout can read them.
-        group: the ranks that work together.
-        dtype: ``float32`` or ``bfloat16``.
-        on_start: told what is new and what is left out.
-        on_progress: called with the number of bytes of each block this rank has written.
-
-    Raises:
-        MegacoreError: on every rank, if any rank failed; nothing is left at ``target``.
-    """
-    with together(group):
-        read = HuggingFaceSource(source)
-        parallel.check(read.model)
-        layout = layout_of(parallel)
-        files = plan_files(read.specs, (WEIGHT,), layout, lambda name, state: dtype, read.box)
-    on_start(Import(planned_bytes(files), read.new, read.left_out))
-
-    def manifest(records: dict[str, FileRecord]) -> Manifest:
-        return Manifest(
-            model=read.model,
-            layout=layout,
-            progress=Progress(),
-            parameters=parameter_records(read.specs, dict.fromkeys(read.specs, (1.0, 1.0))),
-            files=records,
-            lineage=({"event": "import", "format": "hf", "source": source.name, "new": list(read.new)},),
-        )
-
-    write_checkpoint(target, group, share_of(files, group, on_progress), manifest, read.attach)
 
 
 def export_huggingface(

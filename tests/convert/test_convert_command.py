@@ -66,7 +66,7 @@ def test_hugging_face_in_and_out_under_mpirun(tmp_path: Path) -> None:
     ("words", "parts"),
     [
         (["nowhere", "out"], ["nowhere", "config.json"]),
-        (["source", "out", "--to", "onnx"], ["--to onnx", "megacore or hf"]),
+        (["source", "out", "--to", "onnx"], ["--to onnx", "deepspeed-universal"]),
         (["source", "out", "--to", "hf", "tensor_parallel_size=2"], ["tensor_parallel_size=2"]),
         (["source", "out", "--dtype", "bf16"], ["--dtype bf16", "--weights-only"]),
         (["source", "out", "--dtype", "fp8"], ["--dtype fp8", "fp32 or bf16"]),

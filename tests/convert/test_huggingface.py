@@ -16,7 +16,8 @@ from megacore.checkpoint.load import load_model
 from megacore.checkpoint.reader import CheckpointReader
 from megacore.communicator import Alone
 from megacore.config import ParallelConfig
-from megacore.convert.huggingface import HuggingFaceSource, export_huggingface, import_huggingface
+from megacore.convert.huggingface import HuggingFaceSource, export_huggingface
+from megacore.convert.imports import import_checkpoint
 from megacore.errors import MegacoreError
 from megacore.growth.verify import random_batch
 from megacore.models.batch import ModelBatch
@@ -54,7 +55,7 @@ def saved(name: str, path: Path) -> Any:
 
 
 def imported(path: Path, target: Path, **layout: int) -> CheckpointReader:
-    import_huggingface(path, target, ParallelConfig(**layout), Alone())
+    import_checkpoint(lambda: HuggingFaceSource(path), target, ParallelConfig(**layout), Alone())
     return CheckpointReader(target)
 
 

@@ -98,7 +98,7 @@ CASES = {
 }
 
 
-def write_sequences(path: Path, objective: str, count: int = 96) -> Path:
+def write_sequences(path: Path, objective: str, count: int = 96, vocab_size: int = 101) -> Path:
     """Write sequences of different lengths that count upwards, some of them in steps of two."""
     rng = np.random.default_rng(1)
 
@@ -113,7 +113,7 @@ def write_sequences(path: Path, objective: str, count: int = 96) -> Path:
         columns["prefix_length"] = (np.diff(offsets) // 2).astype(np.uint16)
     else:
         columns["target_ids"], columns["target_offsets"] = flat(4, 12)
-    about = {"vocab_size": 101, "sequence_length": 32, "objective": objective}
+    about = {"vocab_size": vocab_size, "sequence_length": 32, "objective": objective}
     write_dataset(path, Alone(), "instances", about, [("all", columns, {"instances": count})])
     return path
 

@@ -1,0 +1,105 @@
+"""A checkpoint as DeepSpeed's universal one, which its engine loads at any of its layouts (``load_universal``)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+from megacore.checkpoint.manifest import MOMENTS
+from megacore.checkpoint.reader import CheckpointReader
+from megacore.communicator import Communicator, together
+from megacore.convert.deepspeed import CARRIED, FILE_OF
+from megacore.convert.module_names import module_names
+from megacore.errors import CheckpointError, ConfigError
+from megacore.publish import os_errors, publishing, write_text
+
+_GROUPS = 64
+"""DeepSpeed pairs its parameter groups with the file's, and takes their settings; empty ones leave it its own."""
+
+
+def export_universal(
+    reader: CheckpointReader,
+    target: Path,
+    pipeline: bool,
+    group: Communicator,
+    on_progress: Callable[[int], None] = lambda size: None,
+) -> None:
+    """Write a universal checkpoint; every rank of ``group`` calls this.
+
+    DeepSpeed loads it with tensor parallelism where every cut is even: a vocabulary must be a multiple of the ranks.
+
+    Args:
+        reader: the checkpoint; it must hold the optimizer's state.
+        target: the directory to write; must not exist.
+        pipeline: for engines with pipeline stages, which name parameters otherwise.
+        group: the ranks that work together.
+        on_progress: called with the number of bytes of each tensor this rank has written.
+
+    Raises:
+        ConfigError: there is no optimizer state.
+        CheckpointError: the source is damaged, or the target cannot be written.
+    """
+    manifest = reader.manifest
+    with together(group):
+        if manifest.model.num_experts:
+            raise ConfigError("--to deepspeed-universal: mixtures of experts are not written in DeepSpeed's format")
+        if MOMENTS[0] not in manifest.states:
+            raise ConfigError(f"{reader.path} has no optimizer state, which DeepSpeed's engine needs")
+        specs, names = manifest.specs(), module_names(manifest.model, pipeline)
+    tag = f"global_step{manifest.progress.step}"
+    step = torch.tensor(float(manifest.progress.optimizer_step))
+    with publishing(target, group, CheckpointError) as directory:
+        folder = directory / tag / "zero"
+        with together(group), os_errors(directory, CheckpointError):
+            for number, (theirs, ours) in enumerate(names.items()):
+                if number % group.size != group.rank:
+                    continue
+                (folder / theirs).mkdir(parents=True)
+                for state, file in FILE_OF.items():
+                    values = torch.from_numpy(reader.read(ours, state)).float()
+                    _save({"param": values, "cat_dim": specs[ours].sharded_dim or 0}, folder / theirs / f"{file}.pt")
+                    on_progress(values.numel() * 4)
+                _save(step, folder / theirs / "step.pt")
+        with together(group), os_errors(directory, CheckpointError):
+            if group.rank == 0:
+                _save(_optimizer_facts(step), folder / "optimizer_state.pt")
+                for name in ("mp_rank_00", "zero_pp_rank_0_mp_rank_00"):  # where ZeRO 1 and 2, and 3, look
+                    _save(_facts(reader), directory / tag / f"{name}_model_states.pt")
+                write_text(directory / "latest_universal", tag)
+
+
+def _save(value: Any, path: Path) -> None:
+    with path.open("xb") as file:
+        torch.save(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _optimizer_facts(step: torch.Tensor) -> dict[str, Any]:
+    """Return what DeepSpeed's optimizers read besides the parameters: ZeRO 1 and 2 the first keys, 3 the last."""
+    return {
+        "ds_version": deepspeed.__version__,
+        "param_groups": [{} for _ in range(_GROUPS)],
+        "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": [{}]},
+    }
+
+
+def _facts(reader: CheckpointReader) -> dict[str, Any]:
+    progress = reader.manifest.progress
+    return {
+        "module": {},
+        "optimizer": None,
+        "lr_scheduler": None,
+        "global_steps": progress.step,
+        "global_samples": progress.consumed_samples,
+        "skipped_steps": 0,
+        "dp_world_size": 1,
+        "mp_world_size": 1,
+        "ds_version": deepspeed.__version__,
+        CARRIED: reader.manifest.model_copy(update={"files": {}}).model_dump_json(),
+    }

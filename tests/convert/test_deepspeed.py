@@ -1,0 +1,176 @@
+"""DeepSpeed's own engine saves what megacore reads, and loads what megacore writes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from launcher.start import megacore_command
+from megacore.checkpoint.reader import CheckpointReader
+from megacore.checkpoint.writer import write_checkpoint
+from megacore.communicator import Alone, TorchRanks
+from megacore.config import ParallelConfig, RunConfig
+from megacore.convert.deepspeed import DeepSpeedSource
+from megacore.convert.imports import import_checkpoint
+from megacore.convert.torch_files import load_torch_file
+from megacore.convert.universal import export_universal
+from megacore.errors import CheckpointError, ConfigError
+from megacore.parallel.grid import ParallelGrid
+from megacore.training.distributed import join_world, leave_world
+from megacore.training.loop import TrainingStage
+from megacore.training.partition import pieces_to_write
+from megacore.training.runs import checkpoint_path
+from tests.convert.test_convert_command import run
+from tests.models import run_config
+from tests.ranks import run_ranks
+from tests.training.test_layout_matrix import LLAMA, deepspeed, write_sequences
+
+STEPS = 3
+VOCAB = 104
+"""DeepSpeed cuts tables into equal parts only."""
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "dp4 zero1": {},
+    "dp4 zero2": {"deepspeed_config": deepspeed("zero2")},
+    "dp4 zero3": {"deepspeed_config": deepspeed("zero3")},
+    "tp2 dp2 zero1": {"tensor_parallel_size": 2},
+    "tp2 dp2 zero3": {"tensor_parallel_size": 2, "deepspeed_config": deepspeed("zero3")},
+    "tp2 pp2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+}
+LOADS = ("dp4 zero1", "dp4 zero2", "dp4 zero3", "tp2 dp2 zero1", "tp2 pp2")
+"""DeepSpeed itself cannot load a universal checkpoint under ZeRO 3 with another library's tensor parallelism."""
+
+
+def save_both(configs: list[RunConfig]) -> None:
+    """Train; then save by megacore (at the end) and by DeepSpeed."""
+    device = join_world()
+    group = TorchRanks()
+    for config in configs:
+        stage = TrainingStage(config, ParallelGrid.create(config.parallel), group, device)
+        stage.run()
+        stage._engine._runner.engine.save_checkpoint(str(config.training.output_dir / "native"))
+    leave_world()
+
+
+def load_universal(configs: list[RunConfig], universal: Path) -> None:
+    """Let DeepSpeed load a universal checkpoint, and write what it holds then."""
+    device = join_world()
+    group = TorchRanks()
+    for config in configs:
+        grid = ParallelGrid.create(config.parallel)
+        stage = TrainingStage(config, grid, group, device)
+        engine = stage._engine._runner.engine
+        engine._config.load_universal_checkpoint = True  # {"checkpoint": {"load_universal": true}}
+        pipeline = config.parallel.pipeline_parallel_size > 1
+        path, _ = engine.load_checkpoint(str(universal / ("pipeline" if pipeline else "whole")))
+        assert path is not None
+        loaded = DeepSpeedSource(universal / "whole").manifest
+        files = [(f"rank{group.rank}.safetensors", pieces_to_write(stage._engine, grid))]
+        target = config.training.output_dir / "loaded"
+        write_checkpoint(target, group, files, lambda files, loaded=loaded: loaded.model_copy(update={"files": files}))
+    leave_world()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunConfig]:
+    folder = tmp_path_factory.mktemp("deepspeed")
+    data = write_sequences(folder / "lm", "lm", vocab_size=VOCAB)
+    made = {
+        name: run_config(
+            folder / name, data, train_steps=STEPS, eval_interval=0, **{**LLAMA, **changes, "vocab_size": VOCAB}
+        )
+        for name, changes in LAYOUTS.items()
+    }
+    run_ranks(save_both, 4, list(made.values()), timeout=240)
+    return made
+
+
+def saved(config: RunConfig) -> CheckpointReader:
+    return CheckpointReader(checkpoint_path(config.training.output_dir, STEPS))
+
+
+def assert_same(first: CheckpointReader, second: CheckpointReader) -> None:
+    assert first.manifest.states == second.manifest.states == ("weight", "exp_avg", "exp_avg_sq")
+    for name in first.manifest.parameters:
+        for state in first.manifest.states:
+            assert np.array_equal(first.read(name, state), second.read(name, state)), (name, state)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_native_checkpoints_are_read_bit_for_bit(runs: dict[str, RunConfig], layout: str, tmp_path: Path) -> None:
+    config = runs[layout]
+    parallel = ParallelConfig(tensor_parallel_size=2, pipeline_parallel_size=2)
+    source = config.training.output_dir / "native"
+    import_checkpoint(lambda: DeepSpeedSource(source, config.model), tmp_path / "imported", parallel, Alone())
+    imported = CheckpointReader(tmp_path / "imported")
+    imported.check_coverage()
+    assert_same(imported, saved(config))
+    assert imported.manifest.progress.step == imported.manifest.progress.optimizer_step == STEPS
+
+
+def test_universal_checkpoints_go_round_and_into_deepspeeds_engine(runs: dict[str, RunConfig], tmp_path: Path) -> None:
+    source = saved(runs["tp2 pp2"])
+    run(megacore_command("convert", source.path, tmp_path / "whole", "--to", "deepspeed-universal"))
+    export_universal(source, tmp_path / "pipeline", True, Alone())
+    for name in ("whole", "pipeline"):
+        back = tmp_path / f"{name} back"
+        run(megacore_command("convert", tmp_path / name, back, "tensor_parallel_size=2", "pipeline_parallel_size=2"))
+        assert_same(CheckpointReader(back), source)
+        assert CheckpointReader(back).manifest.progress == source.manifest.progress
+    folder = tmp_path / "runs"
+    configs = [
+        runs[name].model_copy(update={"training": runs[name].training.model_copy(update={"output_dir": folder / name})})
+        for name in LOADS
+    ]
+    run_ranks(load_universal, 4, configs, tmp_path, timeout=240)
+    for config in configs:
+        assert_same(CheckpointReader(config.training.output_dir / "loaded"), source)
+
+
+def test_what_is_missing_or_damaged_is_named(runs: dict[str, RunConfig], tmp_path: Path) -> None:
+    config = runs["tp2 dp2 zero1"]
+    native = tmp_path / "native"
+    shutil.copytree(config.training.output_dir / "native", native)
+    with pytest.raises(ConfigError, match="--config"):
+        DeepSpeedSource(native)
+    other = config.model.model_copy(update={"num_hidden_layers": config.model.num_hidden_layers + 1})
+    with pytest.raises(CheckpointError, match="is missing; is --config"):
+        DeepSpeedSource(native, other)
+    victim = next(native.glob("*/*zero_pp_rank_1_mp_rank_01_optim_states.pt"))
+    content = victim.read_bytes()
+    victim.write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match=victim.name):
+        DeepSpeedSource(native, config.model)
+    victim.unlink()
+    with pytest.raises(CheckpointError, match=r"zero_pp_rank_1_mp_rank_01_optim_states\.pt is missing"):
+        DeepSpeedSource(native, config.model)
+
+
+class Bomb:
+    """Its pickle would write a file."""
+
+    def __reduce__(self) -> Any:
+        return shutil.copyfile, (__file__, "exploded")
+
+
+class Blocked:
+    """Its pickle would make a directory, by a module that torch refuses to read the name of."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("exploded",)
+
+
+def test_no_code_in_a_file_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "file.pt"
+    torch.save({"weight": torch.arange(3), "bomb": Bomb()}, file)
+    assert load_torch_file(file)["weight"].tolist() == [0, 1, 2]
+    torch.save({"weight": torch.arange(3), "bomb": Blocked()}, file)
+    with pytest.raises(CheckpointError, match=r"file\.pt: .*blocked"):
+        load_torch_file(file)
+    assert not (tmp_path / "exploded").exists()
