@@ -79,7 +79,7 @@ def test_an_imported_model_computes_the_same_and_comes_back_bit_for_bit(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = saved(name, tmp_path / "hf")
-    reader = imported(tmp_path / "hf", tmp_path / "imported", tensor_parallel_size=2)
+    reader = imported(tmp_path / "hf", tmp_path / "imported", tensor_parallel_size=2, pipeline_parallel_size=2)
     reader.check_coverage()
     batch = random_batch(reader.manifest.model, samples=3)
     with torch.no_grad():
