@@ -193,7 +193,7 @@ def test_grow_verify_and_inspect_by_hand(trained: Path, tmp_path: Path, data: Pa
     assert grown.returncode == 0, grown.stderr
     assert {file.name for file in target.iterdir()} == {
         "manifest.json",
-        *(f"tp{r:02d}-0000.safetensors" for r in range(4)),
+        *(f"pp00-tp{r:02d}-0000.safetensors" for r in range(4)),
     }
     proof = tmp_path / "proof.json"
     verified = call(megacore_command("verify", target, "--against", trained, "--data", data, "--json", proof))
