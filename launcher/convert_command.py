@@ -60,6 +60,10 @@ def convert(
             raise ConfigError("--to deepspeed-universal holds fp32 and optimizer: leave out --dtype, --weights-only")
         if dtype == "bf16" and known == target_format == "megacore" and not weights_only:
             raise ConfigError("--dtype bf16 would round the optimizer's state: add --weights-only")
+        if config is not None and known != "deepspeed":
+            raise ConfigError(
+                f"--config {config}: a source of the format {known} says what model it is of; leave it out"
+            )
         if layout and target_format == "hf":
             raise ConfigError(f"{layout[0]}: a Hugging Face directory has no layout")
         parallel = validated(ParallelConfig, parse_overrides(layout or ()))
@@ -81,7 +85,7 @@ def convert(
         elif target_format == "hf":
             export_huggingface(reader, target, stored or "float32", group, advance)
         elif target_format == "deepspeed-universal":
-            export_universal(reader, target, parallel.pipeline_parallel_size > 1, group, advance)
+            export_universal(reader, target, parallel, group, advance)
         else:
             reshard(reader, target, parallel, group, weights_only, stored, on_progress=advance)
     if group.rank == 0:

@@ -212,6 +212,21 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
+def carried_manifest(text: Any, where: str) -> Manifest:
+    """Read the manifest, without files, that a checkpoint in another format carries.
+
+    Raises:
+        CheckpointError: it is damaged or does not describe its model.
+    """
+    try:
+        manifest = Manifest.model_validate_json(text)
+        validated(ModelConfig, manifest.model.model_dump())
+    except (ValueError, ConfigError) as error:
+        raise CheckpointError(f"{where}: the manifest it carries is damaged: {error}") from None
+    _check_consistency(Path(where), manifest)
+    return manifest
+
+
 def _check_consistency(file: Path, manifest: Manifest) -> None:
     """Check that the manifest describes the model it names, and that every piece lies inside its tensor."""
     expected = parameter_records(manifest.specs(), {name: (1.0, 1.0) for name in manifest.specs()})

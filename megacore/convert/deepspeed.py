@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from megacore.checkpoint.assemble import Rows, Run, assembled, follow_each_other, read_runs
-from megacore.checkpoint.manifest import MOMENTS, STATES, WEIGHT, Manifest, Progress
+from megacore.checkpoint.manifest import MOMENTS, STATES, WEIGHT, Manifest, carried_manifest
 from megacore.convert.imports import fresh_manifest
 from megacore.convert.module_names import module_names
 from megacore.convert.torch_files import load_torch_file
@@ -66,23 +66,32 @@ class DeepSpeedSource:
         step = self._find_universal() if is_universal else self._find_native()
         self.states = tuple(state for state in STATES if any(key[1] == state for key in self._boxes))
         self._check_complete()
-        if CARRIED not in facts:
-            progress = Progress(step=int(facts.get("global_steps", 0)), optimizer_step=step)
-            self.manifest = self.manifest.model_copy(update={"progress": progress})
+        progress = {"step": self._number(facts.get("global_steps", 0), "global_steps"), "optimizer_step": step}
+        self.manifest = self.manifest.model_copy(
+            update={"progress": self.manifest.progress.model_copy(update=progress)}
+        )
 
     def _facts(self) -> dict[str, Any]:
         files = sorted(self._folder.glob("*mp_rank_*_model_states.pt"))
         if not files:
             raise CheckpointError(f"{self._folder} has no *_model_states.pt: it is not a checkpoint of DeepSpeed's")
-        facts: dict[str, Any] = load_torch_file(files[0])
+        facts = load_torch_file(files[0])
+        if not isinstance(facts, dict):
+            raise CheckpointError(f"{files[0]}: not what DeepSpeed's engine writes")
         return facts
+
+    def _number(self, value: Any, what: str) -> int:
+        try:
+            return int(value)
+        except (TypeError, ValueError):
+            raise CheckpointError(f"{self._folder}: {what} is {value!r} instead of a number") from None
 
     def _manifest(self, facts: dict[str, Any], model: ModelConfig | None) -> Manifest:
         if CARRIED in facts:
-            try:
-                return Manifest.model_validate_json(facts[CARRIED])
-            except ValueError as error:
-                raise CheckpointError(f"{self._folder}: the manifest it carries is damaged: {error}") from None
+            carried = carried_manifest(facts[CARRIED], str(self._folder))
+            if model is not None and model != carried.model:
+                raise ConfigError(f"{self.path} says what model it is of, and --config says another: leave it out")
+            return carried
         if model is None:
             raise ConfigError(f"{self.path} does not say what model it is of: add --config CONFIG.yaml, the run's")
         return fresh_manifest(model)
@@ -90,16 +99,21 @@ class DeepSpeedSource:
     def _find_native(self) -> int:
         """List each parameter's runs; return Adam's step."""
         fragments: dict[str, dict[int, list[_Fragment]]] = defaultdict(lambda: defaultdict(list))
+        shapes: dict[tuple[str, int], tuple[int, ...]] = {}
         step = 0
-        for place, file in self._optimizer_files():
-            state = load_torch_file(file).get("optimizer_state_dict", {})
+        for place, replica, file in self._optimizer_files():
             try:
-                found = self._zero3(state, place) if "fp32_flat_groups" in state else _zero12(state)
-                for name, fragment in found:
+                state = load_torch_file(file)["optimizer_state_dict"]
+                is_zero3 = "fp32_flat_groups" in state
+                prefix = "zero_pp_rank_0_" if is_zero3 else ""
+                about = load_torch_file(self._folder / f"{prefix}mp_rank_{place:02d}_model_states.pt")
+                groups = about["param_shapes"]
+                shapes.update({(name, place): tuple(shape) for group in groups for name, shape in group.items()})
+                for name, fragment in _zero3(state, groups, replica) if is_zero3 else _zero12(state):
                     fragments[name][place].append(fragment)
-                moments = state.get("base_optimizer_state") or state["optimizer_state_dict"]
-                step = max([step, *(int(group.get("step", 0)) for group in moments["state"].values())])
-            except (KeyError, IndexError, AttributeError, TypeError, RuntimeError) as error:
+                moments = state["optimizer_state_dict" if is_zero3 else "base_optimizer_state"]["state"]
+                step = max([step, *(int(group.get("step", 0)) for group in moments.values())])
+            except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError) as error:
                 raise CheckpointError(f"{file}: not what DeepSpeed's ZeRO optimizers write: {error!r}") from None
         names = self._names(fragments)
         # A tied parameter is on several stages; any other one is on each tensor-parallel rank of its own.
@@ -108,11 +122,17 @@ class DeepSpeedSource:
             spec = self.specs[ours]
             places = sorted(fragments[theirs])  # of a tied parameter's copies, the first stage's
             for rank, place in enumerate(places[: tensor_parts if spec.sharded_dim is not None else 1]):
-                self._add(ours, spec.local_region(Shard(rank, tensor_parts)), fragments[theirs][place])
+                box, shape = spec.local_region(Shard(rank, tensor_parts)), shapes.get((theirs, place))
+                if shape != region_shape(box):
+                    raise CheckpointError(
+                        f"{self._folder}: {theirs} has the shape {shape}; the model makes it {region_shape(box)}; "
+                        "is --config the run's that was saved?"
+                    )
+                self._add(ours, box, fragments[theirs][place])
         return step
 
-    def _optimizer_files(self) -> Iterator[tuple[int, Path]]:
-        """Yield (model-parallel place, file), replicas in order."""
+    def _optimizer_files(self) -> Iterator[tuple[int, int, Path]]:
+        """Yield (model-parallel place, replica, file), in order."""
         found = {}
         for file in self._folder.iterdir():
             match = _OPTIMIZER_FILE.fullmatch(file.name)
@@ -128,21 +148,7 @@ class DeepSpeedSource:
                 if (place, replica) not in found:
                     missing = f"zero_pp_rank_{replica}_mp_rank_{place:02d}_optim_states.pt"
                     raise CheckpointError(f"{self._folder / missing} is missing")
-                yield place, found[place, replica]
-
-    def _zero3(self, state: dict[str, Any], place: int) -> Iterator[tuple[str, _Fragment]]:
-        """Yield a replica's part of every parameter; the last replica's is padded."""
-        shapes = load_torch_file(self._folder / f"zero_pp_rank_0_mp_rank_{place:02d}_model_states.pt")["param_shapes"]
-        moments = state["optimizer_state_dict"]["state"]
-        replicas = state["partition_count"]
-        replicas = replicas[0] if isinstance(replicas, list) else replicas
-        for number, (group, flat) in enumerate(zip(shapes, state["fp32_flat_groups"], strict=True)):
-            tensors = {WEIGHT: flat, **{key: moments[number][key] for key in MOMENTS}}
-            start = 0
-            for name, shape in group.items():
-                size = -(-math.prod(shape) // replicas)
-                yield name, {key: tensor.narrow(0, start, size) for key, tensor in tensors.items()}
-                start += size
+                yield place, replica, found[place, replica]
 
     def _names(self, fragments: dict[str, Any]) -> dict[str, str]:
         found = {name for name in fragments if not name.split(".")[-1].startswith(PLACEHOLDER)}
@@ -153,12 +159,11 @@ class DeepSpeedSource:
         return names
 
     def _add(self, name: str, box: Region, fragments: list[_Fragment]) -> None:
-        size = math.prod(region_shape(box))
         for state in fragments[0]:
             runs: list[Run] = []
             start = 0
             for fragment in fragments:
-                stop = min(size, start + fragment[state].numel())  # ZeRO 3 pads
+                stop = start + fragment[state].numel()
                 if start < stop:
                     runs.append(((start, stop), partial(_rows, fragment[state])))
                 start = stop
@@ -166,7 +171,7 @@ class DeepSpeedSource:
 
     def _find_universal(self) -> int:
         """List the files of each parameter; return Adam's step."""
-        folder = self._folder / "zero"
+        folder, load = self._folder / "zero", lru_cache(maxsize=4)(_whole)
         names = module_names(self.manifest.model, pipeline=not any(folder.glob("steps.*")))
         step = 0
         for theirs, ours in names.items():
@@ -177,10 +182,10 @@ class DeepSpeedSource:
                 file = folder / theirs / f"{FILE_OF[state]}.pt"
                 if not file.is_file():
                     raise CheckpointError(f"{file} is missing")
-                self._boxes[ours, state][box] = [((0, math.prod(spec.shape)), _rows_of_file(file, spec))]
+                self._boxes[ours, state][box] = [((0, math.prod(spec.shape)), _rows_of_file(load, file, spec))]
         first = folder / next(iter(names)) / "step.pt"
         if first.exists():
-            step = int(load_torch_file(first))
+            step = self._number(load_torch_file(first), "step.pt")
         return step
 
     def _check_complete(self) -> None:
@@ -208,11 +213,26 @@ def tag_folder(path: Path) -> Path:
     """Return the directory with the files: ``path``, or the one in it that ``latest`` names."""
     for name in ("latest_universal", "latest"):
         if (path / name).is_file():
-            tag = (path / name).read_text(encoding="utf-8").strip()
+            tag = (path / name).read_text(encoding="utf-8", errors="replace").strip()
             if Path(tag).name != tag or not (path / tag).is_dir():
                 raise CheckpointError(f"{path / name} names {tag!r}, which is not there")
             return path / tag
     return path
+
+
+def _zero3(state: dict[str, Any], groups: list[dict[str, Any]], replica: int) -> Iterator[tuple[str, _Fragment]]:
+    """Yield a replica's part of every parameter, without the padding behind the last part."""
+    moments, replicas = state["optimizer_state_dict"]["state"], state["partition_count"]
+    replicas = replicas[0] if isinstance(replicas, list) else replicas
+    for number, (group, flat) in enumerate(zip(groups, state["fp32_flat_groups"], strict=True)):
+        tensors = {WEIGHT: flat, **{key: moments[number][key] for key in MOMENTS}}
+        start = 0
+        for name, shape in group.items():
+            size = math.prod(shape)
+            part = -(-size // replicas)
+            own = max(0, min(part, size - replica * part))
+            yield name, {key: tensor.narrow(0, start, own) for key, tensor in tensors.items()}
+            start += part
 
 
 def _zero12(state: dict[str, Any]) -> Iterator[tuple[str, _Fragment]]:
@@ -228,17 +248,16 @@ def _rows(flat: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     return flat[start:stop].detach().float()
 
 
-def _rows_of_file(file: Path, spec: ParamSpec) -> Rows:
+def _rows_of_file(load: Callable[[Path], torch.Tensor], file: Path, spec: ParamSpec) -> Rows:
     def rows(start: int, stop: int) -> torch.Tensor:
-        tensor = _whole(file)
-        if tensor.numel() != math.prod(spec.shape):
+        tensor = load(file)
+        if tuple(tensor.shape) != spec.shape:
             raise CheckpointError(f"{file}: its shape is {tuple(tensor.shape)}; the model has {spec.shape}")
         return tensor.flatten()[start:stop].detach().float()
 
     return rows
 
 
-@lru_cache(maxsize=4)
 def _whole(file: Path) -> torch.Tensor:
     loaded = load_torch_file(file)
     tensor = loaded.get("param") if isinstance(loaded, dict) else loaded

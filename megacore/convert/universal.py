@@ -13,19 +13,17 @@ import torch
 from megacore.checkpoint.manifest import MOMENTS
 from megacore.checkpoint.reader import CheckpointReader
 from megacore.communicator import Communicator, together
+from megacore.config import ParallelConfig
 from megacore.convert.deepspeed import CARRIED, FILE_OF
 from megacore.convert.module_names import module_names
 from megacore.errors import CheckpointError, ConfigError
 from megacore.publish import os_errors, publishing, write_text
 
-_GROUPS = 64
-"""DeepSpeed pairs its parameter groups with the file's, and takes their settings; empty ones leave it its own."""
-
 
 def export_universal(
     reader: CheckpointReader,
     target: Path,
-    pipeline: bool,
+    parallel: ParallelConfig,
     group: Communicator,
     on_progress: Callable[[int], None] = lambda size: None,
 ) -> None:
@@ -36,12 +34,12 @@ def export_universal(
     Args:
         reader: the checkpoint; it must hold the optimizer's state.
         target: the directory to write; must not exist.
-        pipeline: for engines with pipeline stages, which name parameters otherwise.
+        parallel: of the engine that is to load it: with pipeline stages it names parameters otherwise.
         group: the ranks that work together.
         on_progress: called with the number of bytes of each tensor this rank has written.
 
     Raises:
-        ConfigError: there is no optimizer state.
+        ConfigError: there is no optimizer state, or DeepSpeed cannot load the model at this layout.
         CheckpointError: the source is damaged, or the target cannot be written.
     """
     manifest = reader.manifest
@@ -50,7 +48,14 @@ def export_universal(
             raise ConfigError("--to deepspeed-universal: mixtures of experts are not written in DeepSpeed's format")
         if MOMENTS[0] not in manifest.states:
             raise ConfigError(f"{reader.path} has no optimizer state, which DeepSpeed's engine needs")
-        specs, names = manifest.specs(), module_names(manifest.model, pipeline)
+        parallel.check(manifest.model)
+        parts = parallel.tensor_parallel_size
+        if manifest.model.vocab_size % parts:
+            raise ConfigError(
+                f"tensor_parallel_size={parts} does not divide vocab_size={manifest.model.vocab_size}: DeepSpeed loads "
+                "equal parts only"
+            )
+        specs, names = manifest.specs(), module_names(manifest.model, parallel.pipeline_parallel_size > 1)
     tag = f"global_step{manifest.progress.step}"
     step = torch.tensor(float(manifest.progress.optimizer_step))
     with publishing(target, group, CheckpointError) as directory:
@@ -67,7 +72,7 @@ def export_universal(
                 _save(step, folder / theirs / "step.pt")
         with together(group), os_errors(directory, CheckpointError):
             if group.rank == 0:
-                _save(_optimizer_facts(step), folder / "optimizer_state.pt")
+                _save(_optimizer_facts(step, len(specs)), folder / "optimizer_state.pt")
                 for name in ("mp_rank_00", "zero_pp_rank_0_mp_rank_00"):  # where ZeRO 1 and 2, and 3, look
                     _save(_facts(reader), directory / tag / f"{name}_model_states.pt")
                 write_text(directory / "latest_universal", tag)
@@ -80,11 +85,15 @@ def _save(value: Any, path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _optimizer_facts(step: torch.Tensor) -> dict[str, Any]:
-    """Return what DeepSpeed's optimizers read besides the parameters: ZeRO 1 and 2 the first keys, 3 the last."""
+def _optimizer_facts(step: torch.Tensor, most_groups: int) -> dict[str, Any]:
+    """Return what DeepSpeed's optimizers read besides the parameters: ZeRO 1 and 2 the first keys, 3 the last.
+
+    DeepSpeed pairs its parameter groups with the file's and takes their settings, and loads no group without a
+    partner: so there is one for every group that there can be, and empty ones leave the engine its settings.
+    """
     return {
         "ds_version": deepspeed.__version__,
-        "param_groups": [{} for _ in range(_GROUPS)],
+        "param_groups": [{} for _ in range(most_groups)],
         "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": [{}]},
     }
 

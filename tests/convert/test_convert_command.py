@@ -70,6 +70,8 @@ def test_hugging_face_in_and_out_under_mpirun(tmp_path: Path) -> None:
         (["source", "out", "--to", "hf", "tensor_parallel_size=2"], ["tensor_parallel_size=2"]),
         (["source", "out", "--dtype", "bf16"], ["--dtype bf16", "--weights-only"]),
         (["source", "out", "--dtype", "fp8"], ["--dtype fp8", "fp32 or bf16"]),
+        (["source", "out", "--config", "run.yaml"], ["--config run.yaml", "megacore"]),
+        (["source", "out", "--to", "deepspeed-universal", "--weights-only"], ["deepspeed-universal", "--weights-only"]),
         (["source", "source"], ["source", "exists already"]),
         (["source", "out", "tensor_parallel_size=3"], ["tensor_parallel_size=3", "num_attention_heads=4"]),
     ],

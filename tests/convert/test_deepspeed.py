@@ -69,6 +69,7 @@ def load_universal(configs: list[RunConfig], universal: Path) -> None:
         pipeline = config.parallel.pipeline_parallel_size > 1
         path, _ = engine.load_checkpoint(str(universal / ("pipeline" if pipeline else "whole")))
         assert path is not None
+        assert {int(state["step"]) for state in engine.optimizer.optimizer.state.values()} == {STEPS}
         loaded = DeepSpeedSource(universal / "whole").manifest
         files = [(f"rank{group.rank}.safetensors", pieces_to_write(stage._engine, grid))]
         target = config.training.output_dir / "loaded"
@@ -116,7 +117,7 @@ def test_native_checkpoints_are_read_bit_for_bit(runs: dict[str, RunConfig], lay
 def test_universal_checkpoints_go_round_and_into_deepspeeds_engine(runs: dict[str, RunConfig], tmp_path: Path) -> None:
     source = saved(runs["tp2 pp2"])
     run(megacore_command("convert", source.path, tmp_path / "whole", "--to", "deepspeed-universal"))
-    export_universal(source, tmp_path / "pipeline", True, Alone())
+    export_universal(source, tmp_path / "pipeline", ParallelConfig(pipeline_parallel_size=2), Alone())
     for name in ("whole", "pipeline"):
         back = tmp_path / f"{name} back"
         run(megacore_command("convert", tmp_path / name, back, "tensor_parallel_size=2", "pipeline_parallel_size=2"))
@@ -141,6 +142,13 @@ def test_what_is_missing_or_damaged_is_named(runs: dict[str, RunConfig], tmp_pat
     other = config.model.model_copy(update={"num_hidden_layers": config.model.num_hidden_layers + 1})
     with pytest.raises(CheckpointError, match="is missing; is --config"):
         DeepSpeedSource(native, other)
+    heads = config.model.num_attention_heads * 2  # the same names and numbers of entries
+    other = config.model.model_copy(update={"num_attention_heads": heads, "head_dim": config.model.head_dim // 2})
+    with pytest.raises(CheckpointError, match="query_weight has the shape"):
+        DeepSpeedSource(native, other)
+    smaller = config.model.model_copy(update={"max_position_embeddings": 16, "intermediate_size": 32})
+    with pytest.raises(CheckpointError, match="has the shape"):
+        DeepSpeedSource(native, smaller)
     victim = next(native.glob("*/*zero_pp_rank_1_mp_rank_01_optim_states.pt"))
     content = victim.read_bytes()
     victim.write_bytes(content[: len(content) // 2])
