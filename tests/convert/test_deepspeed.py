@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from launcher.start import megacore_command
+from launcher.start import megacore_command, mpi_command
 from megacore.checkpoint.reader import CheckpointReader
 from megacore.checkpoint.writer import write_checkpoint
 from megacore.communicator import Alone, TorchRanks
@@ -112,6 +113,17 @@ def test_native_checkpoints_are_read_bit_for_bit(runs: dict[str, RunConfig], lay
     imported.check_coverage()
     assert_same(imported, saved(config))
     assert imported.manifest.progress.step == imported.manifest.progress.optimizer_step == STEPS
+
+
+def test_the_command_reads_them_under_mpirun_with_the_runs_configuration(
+    runs: dict[str, RunConfig], tmp_path: Path
+) -> None:
+    config = runs["tp2 dp2 zero1"]
+    (tmp_path / "run.yaml").write_text(json.dumps({"model": config.model.model_dump(mode="json")}))
+    native, target = config.training.output_dir / "native", tmp_path / "imported"
+    said = run(mpi_command(2, "convert", native, target, "--config", tmp_path / "run.yaml"))
+    assert "deepspeed → megacore" in said
+    assert_same(CheckpointReader(target), saved(config))
 
 
 def test_universal_checkpoints_go_round_and_into_deepspeeds_engine(runs: dict[str, RunConfig], tmp_path: Path) -> None:
