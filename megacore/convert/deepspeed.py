@@ -23,6 +23,7 @@ from megacore.checkpoint.assemble import Rows, Run, assembled, follow_each_other
 from megacore.checkpoint.manifest import MOMENTS, STATES, WEIGHT, Manifest, carried_manifest
 from megacore.convert.imports import fresh_manifest
 from megacore.convert.module_names import module_names
+from megacore.convert.stored_tensor import StoredTensor
 from megacore.convert.torch_files import load_torch_file
 from megacore.errors import CheckpointError, ConfigError
 from megacore.model_config import ModelConfig
@@ -33,7 +34,7 @@ CARRIED = "megacore"
 FILE_OF = {WEIGHT: "fp32", **{moment: moment for moment in MOMENTS}}
 """State -> the name of its file in a universal checkpoint."""
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-_Fragment = dict[str, torch.Tensor]
+_Fragment = dict[str, StoredTensor]
 """A replica's flat part of a parameter, by state."""
 
 
@@ -82,7 +83,7 @@ class DeepSpeedSource:
 
     def _number(self, value: Any, what: str) -> int:
         try:
-            return int(value)
+            return _count(value)
         except (TypeError, ValueError):
             raise CheckpointError(f"{self._folder}: {what} is {value!r} instead of a number") from None
 
@@ -112,7 +113,7 @@ class DeepSpeedSource:
                 for name, fragment in _zero3(state, groups, replica) if is_zero3 else _zero12(state):
                     fragments[name][place].append(fragment)
                 moments = state["optimizer_state_dict" if is_zero3 else "base_optimizer_state"]["state"]
-                step = max([step, *(int(group.get("step", 0)) for group in moments.values())])
+                step = max([step, *(_count(group.get("step", 0)) for group in moments.values())])
             except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError) as error:
                 raise CheckpointError(f"{file}: not what DeepSpeed's ZeRO optimizers write: {error!r}") from None
         names = self._names(fragments)
@@ -163,7 +164,7 @@ class DeepSpeedSource:
             runs: list[Run] = []
             start = 0
             for fragment in fragments:
-                stop = start + fragment[state].numel()
+                stop = start + fragment[state].shape[0]
                 if start < stop:
                     runs.append(((start, stop), partial(_rows, fragment[state])))
                 start = stop
@@ -231,7 +232,7 @@ def _zero3(state: dict[str, Any], groups: list[dict[str, Any]], replica: int) ->
             size = math.prod(shape)
             part = -(-size // replicas)
             own = max(0, min(part, size - replica * part))
-            yield name, {key: tensor.narrow(0, start, own) for key, tensor in tensors.items()}
+            yield name, {key: tensor.narrow(start, own) for key, tensor in tensors.items()}
             start += part
 
 
@@ -241,26 +242,27 @@ def _zero12(state: dict[str, Any]) -> Iterator[tuple[str, _Fragment]]:
     for number, (mapping, flat) in enumerate(zip(state["param_slice_mappings"], flats, strict=True)):
         tensors = {WEIGHT: flat, **{key: moments[number][key] for key in MOMENTS}}
         for name, address in mapping.items():
-            yield name, {key: tensor.narrow(0, address.start, address.numel) for key, tensor in tensors.items()}
+            yield name, {key: tensor.narrow(address.start, address.numel) for key, tensor in tensors.items()}
 
 
-def _rows(flat: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    return flat[start:stop].detach().float()
+def _count(value: Any) -> int:
+    return int(value.item() if isinstance(value, StoredTensor) else value)
 
 
-def _rows_of_file(load: Callable[[Path], torch.Tensor], file: Path, spec: ParamSpec) -> Rows:
-    def rows(start: int, stop: int) -> torch.Tensor:
-        tensor = load(file)
-        if tuple(tensor.shape) != spec.shape:
-            raise CheckpointError(f"{file}: its shape is {tuple(tensor.shape)}; the model has {spec.shape}")
-        return tensor.flatten()[start:stop].detach().float()
-
-    return rows
+def _rows(flat: StoredTensor, start: int, stop: int) -> torch.Tensor:
+    return flat.read((slice(start, stop),)).float()
 
 
-def _whole(file: Path) -> torch.Tensor:
+def _universal_box(load: Callable[[Path], StoredTensor], file: Path, spec: ParamSpec, part: Region) -> NDArray[Any]:
+    tensor = load(file)
+    if tensor.shape != spec.shape:
+        raise CheckpointError(f"{file}: its shape is {tensor.shape}; the model has {spec.shape}")
+    return np.asarray(tensor.read(tuple(slice(*bounds) for bounds in part)).float().numpy())
+
+
+def _whole(file: Path) -> StoredTensor:
     loaded = load_torch_file(file)
     tensor = loaded.get("param") if isinstance(loaded, dict) else loaded
-    if not isinstance(tensor, torch.Tensor):
+    if not isinstance(tensor, StoredTensor):
         raise CheckpointError(f"{file}: no tensor in it")
     return tensor
