@@ -6,6 +6,7 @@ it asked for and no more.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,6 +49,17 @@ class StoredTensor:
             raise CheckpointError(f"{self.path}: a tensor has {self.shape[0]} rows where {start + length} are expected")
         offset = self.offset + start * self.strides[0] * self.dtype.itemsize
         return replace(self, shape=(length, *self.shape[1:]), offset=offset)
+
+    def flattened(self) -> StoredTensor:
+        """Return the same entries, in row-major order, as a tensor of one dim.
+
+        Raises:
+            CheckpointError: they are not stored in this order.
+        """
+        contiguous = tuple(math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape)))
+        if any(size > 1 and a != b for size, a, b in zip(self.shape, self.strides, contiguous, strict=True)):
+            raise CheckpointError(f"{self.path}: its entries are not stored in row-major order")
+        return replace(self, shape=(math.prod(self.shape),), strides=(1,))
 
     def read(self, box: tuple[slice, ...] = ()) -> torch.Tensor:
         """Return a box of the tensor (all of it by default) as a new tensor in memory.

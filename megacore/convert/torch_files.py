@@ -96,11 +96,11 @@ def _stored(tensor: torch.Tensor, path: Path, records: dict[int, int]) -> Stored
     if tensor.layout is not torch.strided or tensor.is_quantized:
         raise CheckpointError(f"{path}: it has sparse or quantized tensors, which are not read")
     shape, strides, size = tuple(tensor.shape), tensor.stride(), tensor.dtype.itemsize
-    offset = tensor.storage_offset() * size
+    offset = int(tensor.storage_offset()) * size
     if not tensor.numel():
         return StoredTensor(path, tensor.dtype, shape, strides, 0)
     end = offset + size * (1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True)))
-    begin: int = tensor.untyped_storage()._checkpoint_offset  # type: ignore[attr-defined]
-    if end > records.get(begin, -1):
+    begin = tensor.untyped_storage()._checkpoint_offset
+    if begin is None or end > records.get(begin, -1):
         raise CheckpointError(f"{path}: a tensor does not lie in an entry of the file: it is damaged")
     return StoredTensor(path, tensor.dtype, shape, strides, begin + offset)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 
 from megacore.checkpoint.manifest import MOMENTS
 from megacore.checkpoint.reader import CheckpointReader
 from megacore.communicator import Communicator, together
 from megacore.config import ParallelConfig
-from megacore.convert.deepspeed import CARRIED, FILE_OF
+from megacore.convert.deepspeed import CARRIED
+from megacore.convert.deepspeed_files import FILE_OF
 from megacore.convert.module_names import module_names
 from megacore.errors import CheckpointError, ConfigError
 from megacore.publish import os_errors, publishing, write_text
@@ -92,7 +93,7 @@ def _optimizer_facts(step: torch.Tensor, most_groups: int) -> dict[str, Any]:
     partner: so there is one for every group that there can be, and empty ones leave the engine its settings.
     """
     return {
-        "ds_version": deepspeed.__version__,
+        "ds_version": version("deepspeed"),
         "param_groups": [{} for _ in range(most_groups)],
         "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": [{}]},
     }
@@ -109,6 +110,6 @@ def _facts(reader: CheckpointReader) -> dict[str, Any]:
         "skipped_steps": 0,
         "dp_world_size": 1,
         "mp_world_size": 1,
-        "ds_version": deepspeed.__version__,
+        "ds_version": version("deepspeed"),
         CARRIED: reader.manifest.model_copy(update={"files": {}}).model_dump_json(),
     }
