@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from launcher.start import megacore_command, mpi_command
 from megacore.checkpoint.reader import CheckpointReader
@@ -19,7 +17,6 @@ from megacore.communicator import Alone, TorchRanks
 from megacore.config import ParallelConfig, RunConfig
 from megacore.convert.deepspeed import DeepSpeedSource
 from megacore.convert.imports import import_checkpoint
-from megacore.convert.torch_files import load_torch_file
 from megacore.convert.universal import export_universal
 from megacore.errors import CheckpointError, ConfigError
 from megacore.parallel.grid import ParallelGrid
@@ -169,28 +166,3 @@ def test_what_is_missing_or_damaged_is_named(runs: dict[str, RunConfig], tmp_pat
     victim.unlink()
     with pytest.raises(CheckpointError, match=r"zero_pp_rank_1_mp_rank_01_optim_states\.pt is missing"):
         DeepSpeedSource(native, config.model)
-
-
-class Bomb:
-    """Its pickle would write a file."""
-
-    def __reduce__(self) -> Any:
-        return shutil.copyfile, (__file__, "exploded")
-
-
-class Blocked:
-    """Its pickle would make a directory, by a module that torch refuses to read the name of."""
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, ("exploded",)
-
-
-def test_no_code_in_a_file_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    file = tmp_path / "file.pt"
-    torch.save({"weight": torch.arange(3), "bomb": Bomb()}, file)
-    assert load_torch_file(file)["weight"].read().tolist() == [0, 1, 2]
-    torch.save({"weight": torch.arange(3), "bomb": Blocked()}, file)
-    with pytest.raises(CheckpointError, match=r"file\.pt: .*blocked"):
-        load_torch_file(file)
-    assert not (tmp_path / "exploded").exists()
