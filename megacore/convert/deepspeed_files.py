@@ -128,8 +128,9 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 def _universal(folder: Path, facts: dict[str, Any]) -> DeepSpeedFiles:
     folders = sorted(path for path in (folder / "zero").iterdir() if path.is_dir() and not _fills(path.name))
-    has_moments = any((path / f"{MOMENTS[0]}.pt").exists() for path in folders)
-    states = STATES if has_moments else (WEIGHT,)
+    trained = [path for path in folders if any((path / f"{moment}.pt").exists() for moment in MOMENTS)]
+    states = STATES if trained else (WEIGHT,)
+    folders = trained or folders  # the others are buffers, and a tied parameter's other names
     parts, step = {}, 0
     for path in folders:
         tensors = {state: _whole(path / f"{FILE_OF[state]}.pt") for state in states}

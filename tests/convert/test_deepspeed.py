@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,23 @@ def test_native_checkpoints_are_read_bit_for_bit(runs: dict[str, RunConfig], lay
     import_checkpoint(lambda: DeepSpeedSource(source, config.model), tmp_path / "imported", parallel, Alone())
     imported = CheckpointReader(tmp_path / "imported")
     imported.check_coverage()
+    assert_same(imported, saved(config))
+    assert imported.manifest.progress.step == imported.manifest.progress.optimizer_step == STEPS
+
+
+@pytest.mark.parametrize("layout", ["tp2 dp2 zero1", "dp4 zero3", "tp2 dp2 zero3", "tp2 pp2"])
+def test_what_deepspeeds_own_tool_makes_of_them_is_read_bit_for_bit(
+    runs: dict[str, RunConfig], layout: str, tmp_path: Path
+) -> None:
+    config = runs[layout]
+    source, universal = config.training.output_dir / "native" / f"global_step{STEPS}", tmp_path / "universal"
+    tool = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    run([*tool, "--input_folder", str(source), "--output_folder", str(universal), *workers])
+    import_checkpoint(
+        lambda: DeepSpeedSource(universal, config.model), tmp_path / "imported", ParallelConfig(), Alone()
+    )
+    imported = CheckpointReader(tmp_path / "imported")
     assert_same(imported, saved(config))
     assert imported.manifest.progress.step == imported.manifest.progress.optimizer_step == STEPS
 
