@@ -63,8 +63,8 @@ class MegatronFiles:
         self.iteration = self._iteration(self.content[first])
         self.tensors: dict[str, list[torch.Tensor]] = {}
         """Name in the whole model -> the tensor-parallel ranks' parts."""
-        self.held: dict[tuple[int, int], list[str]] = {}
-        """Rank -> the names of its tensors, in its file's order."""
+        self.held: dict[tuple[int, int], dict[str, str]] = {}
+        """Rank -> the names in the whole model of its tensors, in its file's order -> their names in its file."""
         self._check_layout()
         self._collect()
 
@@ -127,7 +127,7 @@ class MegatronFiles:
         for stage in range(1 + max(stage for stage, _ in self.ranks)):
             layers = 0
             for rank in range(self.tensor_parallel_size):
-                file, held = self.ranks[stage, rank], self.held.setdefault((stage, rank), [])
+                file, held = self.ranks[stage, rank], self.held.setdefault((stage, rank), {})
                 for name, tensor in _flattened(self.content[stage, rank]["model"]):
                     if _NOT_WEIGHTS.search(f".{name}"):
                         continue
@@ -135,15 +135,16 @@ class MegatronFiles:
                         raise CheckpointError(f"{file}: {name} is not a tensor")
                     match = _LAYER.fullmatch(name)
                     layers = max(layers, int(match[2]) + 1) if match else layers
-                    held.append(f"{match[1]}{int(match[2]) + first_layer}{match[3]}" if match else name)
-                    parts = self.tensors.setdefault(held[-1], [])
+                    whole = f"{match[1]}{int(match[2]) + first_layer}{match[3]}" if match else name
+                    held[whole] = name
+                    parts = self.tensors.setdefault(whole, [])
                     if len(parts) != rank:
                         what = "another stage has it, too" if len(parts) > rank else "an earlier rank lacks it"
                         raise CheckpointError(f"{file}: {name}: {what}")
                     parts.append(tensor)
             first_layer += layers
-            for name in self.held[stage, 0]:
-                rank = len(self.tensors[name])
+            for whole, name in self.held[stage, 0].items():
+                rank = len(self.tensors[whole])
                 if rank < self.tensor_parallel_size:
                     raise CheckpointError(f"{self.ranks[stage, rank]}: {name} is missing")
 

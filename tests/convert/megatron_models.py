@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
-VOCABULARY, PADDED, POSITIONS = 101, 128, 24
+VOCABULARY, PADDED, POSITIONS = 150, 256, 24
 CASES: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "gpt2 fused gelu": {"bias_gelu_fusion": True},
@@ -84,13 +85,30 @@ def arguments(**changes: Any) -> argparse.Namespace:
     return argparse.Namespace(**{**values, **changes})
 
 
-def start(tensor_parallel_size: int, pipeline_parallel_size: int) -> None:
-    """Join the world, or cut it anew, into these ranks."""
-    from megatron.core import parallel_state
+class OnCPU(TorchFunctionMode):
+    """Megatron names CUDA as its device in a few places that no option changes: here it is the CPU."""
 
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
-    parallel_state.destroy_model_parallel()
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        if func is torch.Tensor.cuda:
+            return args[0]
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.type and isinstance(result, str):
+            return result.replace("torch.", "torch.cuda.")
+        return result
+
+
+def start(tensor_parallel_size: int, pipeline_parallel_size: int) -> None:
+    """Join the world and cut it into these ranks."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import initialize_rng_tracker
+
+    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
+    OnCPU().__enter__()
+    initialize_rng_tracker(inference_rng_tracker=True)  # the other one keeps states of CUDA's generator
+    dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel(tensor_parallel_size, pipeline_parallel_size)
 
 
@@ -214,9 +232,7 @@ def save_all(
     start(tensor, pipeline)
     computed = {}
     for name in names:
-        args = arguments(
-            **CASES[name], tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline
-        )
+        args = arguments(**CASES[name], tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
         model = build(args)
         randomise(model)
         save(model, args, folder / name)
@@ -241,3 +257,34 @@ def load_all(
         model.load_state_dict(content["model"], strict=True)
         computed[name] = compute(model, args, tokens, segments)
     return computed
+
+
+def save_trained(folder: Path) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
+    """Train a GPT for two steps in fp32 and in bf16, and save it with its optimizer; return Adam's state by name."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    start(1, 1)
+    moments = {}
+    for kind in ("fp32", "bf16"):
+        half = kind == "bf16"
+        args = arguments(params_dtype=torch.bfloat16 if half else torch.float32)
+        model = build(args)
+        randomise(model)
+        config = OptimizerConfig(
+            optimizer="adam", lr=1e-2, bf16=half, params_dtype=args.params_dtype, clip_grad=0.0, weight_decay=0.1
+        )
+        model.ddp_config = DistributedDataParallelConfig()
+        optimizer = get_megatron_optimizer(config, [model])
+        for _ in range(2):
+            for parameter in model.parameters():
+                parameter.main_grad = torch.randn(parameter.shape)
+            optimizer.step()
+        save(model, args, folder / kind, optimizer=optimizer.state_dict())
+        (inner,) = optimizer.chained_optimizers
+        names = {id(getattr(value, "main_param", value)): name for name, value in model.named_parameters()}
+        moments[kind] = {
+            names[id(main)]: {"weight": main.detach(), "exp_avg": s["exp_avg"], "exp_avg_sq": s["exp_avg_sq"]}
+            for main, s in inner.optimizer.state.items()
+        }
+    return moments
