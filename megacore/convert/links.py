@@ -119,6 +119,13 @@ class Link:
             bounds[0] = (self.part, self.part + 1)
         return tuple(bounds)
 
+    def blocks(self, region: Region, entries: int) -> Iterator[Region]:
+        """Cut a box of the parameter along its first dim, but for the stacking one, into boxes of so many entries."""
+        (start, stop), row = region[self._stacked], math.prod(region_shape(region)[self._stacked + 1 :])
+        rows = max(1, entries // max(1, row))
+        for first in range(start, stop, rows):
+            yield (*region[: self._stacked], (first, min(first + rows, stop)), *region[self._stacked + 1 :])
+
     @property
     def _stacked(self) -> int:
         return 0 if self.part is None else 1
