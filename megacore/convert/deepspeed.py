@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from megacore.checkpoint.assemble import assembled
 from megacore.checkpoint.manifest import Manifest, carried_manifest
-from megacore.convert.deepspeed_files import DeepSpeedFiles, Part, number_in, open_deepspeed
+from megacore.convert.deepspeed_files import DeepSpeedFiles, Part, open_deepspeed
 from megacore.convert.imports import fresh_manifest
 from megacore.convert.links import Box2D, Link, read_linked
 from megacore.convert.megatron_deepspeed import is_megatron, megatron_deepspeed_links
 from megacore.convert.module_names import module_links
-from megacore.convert.stored_tensor import StoredTensor
+from megacore.convert.stored_tensor import StoredTensor, number_in
 from megacore.errors import CheckpointError, ConfigError
 from megacore.model_config import ModelConfig
 from megacore.params import Region, Shard, region_shape

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megacore.checkpoint.manifest import MOMENTS, STATES, WEIGHT
-from megacore.convert.stored_tensor import StoredTensor
+from megacore.convert.stored_tensor import StoredTensor, number_in
 from megacore.convert.torch_files import load_torch_file
 from megacore.errors import CheckpointError
 from megacore.params import PLACEHOLDER
@@ -91,18 +91,6 @@ def open_deepspeed(path: Path) -> DeepSpeedFiles:
                 if filled != part.size:
                     raise CheckpointError(f"{part.path}: {filled} of {part.size} entries of {name} ({state}) are there")
     return opened
-
-
-def number_in(value: Any, what: str) -> int:
-    """Return a counter that a file holds as a number or as a tensor.
-
-    Raises:
-        CheckpointError: it is something else.
-    """
-    try:
-        return int(value.item() if isinstance(value, StoredTensor) else value)
-    except (TypeError, ValueError):
-        raise CheckpointError(f"{what} is {value!r} instead of a number") from None
 
 
 def _tag_folder(path: Path) -> Path:

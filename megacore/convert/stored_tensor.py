@@ -10,6 +10,7 @@ import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -119,3 +120,15 @@ class StoredTensor:
                 raise CheckpointError(f"{self.path} is cut short")
             done += count
         return content.view(self.dtype)
+
+
+def number_in(value: Any, what: str) -> int:
+    """Return a counter that a file holds as a number or as a tensor.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    try:
+        return int(value.item() if isinstance(value, StoredTensor) else value)
+    except (TypeError, ValueError):
+        raise CheckpointError(f"{what} is {value!r} instead of a number") from None
