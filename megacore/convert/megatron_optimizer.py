@@ -14,6 +14,7 @@ import torch
 from megacore.checkpoint.manifest import MOMENTS, WEIGHT
 
 _HALF = (torch.float16, torch.bfloat16)
+_LOOKED_AT = 1024
 
 
 class NotReadable(Exception):
@@ -38,21 +39,28 @@ def adam_tensors(optimizer: Any, model: Mapping[str, torch.Tensor]) -> tuple[dic
         if not inner["state"]:
             raise NotReadable("the distributed optimizer's")
         for number, group in enumerate(inner["param_groups"]):
-            main = iter(mains[number] if mains is not None else ())
+            main = iter(mains[number] if mains else ())
             for (name, tensor), key in zip(_grouped(model, group), group["params"], strict=True):
                 state = inner["state"][key]
-                found[WEIGHT][name] = next(main) if mains is not None and tensor.dtype in _HALF else tensor
+                found[WEIGHT][name] = _rounded_to(tensor, next(main)) if mains and tensor.dtype in _HALF else tensor
                 for moment in MOMENTS:
                     found[moment][name] = state[moment]
                 steps.add(int(state["step"] if "step" in state else group["step"]))
         for tensors in found.values():
             if tensors.keys() != model.keys() or any(tensors[name].shape != model[name].shape for name in model):
                 raise NotReadable("not of these parameters")
-        if len(steps) != 1 or (mains is None and any(tensor.dtype in _HALF for tensor in model.values())):
+        if len(steps) != 1 or (not mains and any(tensor.dtype in _HALF for tensor in model.values())):
             raise NotReadable("of another kind than Adam's with fp32 weights")
     except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError):
         raise NotReadable("of another kind than Adam's with fp32 weights") from None
     return found, steps.pop()
+
+
+def _rounded_to(half: torch.Tensor, main: torch.Tensor) -> torch.Tensor:
+    """Return a fp32 weight, having looked whether its first entries are those of the parameter."""
+    if not torch.equal(main.flatten()[:_LOOKED_AT].to(half.dtype), half.flatten()[:_LOOKED_AT]):
+        raise NotReadable("not of these parameters")
+    return main
 
 
 def _grouped(model: Mapping[str, torch.Tensor], group: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:

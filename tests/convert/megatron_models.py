@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -260,15 +261,16 @@ def load_all(
 
 
 def save_trained(folder: Path) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
-    """Train a GPT for two steps in fp32 and in bf16, and save it with its optimizer; return Adam's state by name."""
+    """Take two steps of Adam in fp32 and in bf16, and save model and optimizer; return this rank's state by name."""
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    start(1, 1)
+    start(2, 2)
     moments = {}
     for kind in ("fp32", "bf16"):
         half = kind == "bf16"
-        args = arguments(params_dtype=torch.bfloat16 if half else torch.float32)
+        layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+        args = arguments(params_dtype=torch.bfloat16 if half else torch.float32, **layout)
         model = build(args)
         randomise(model)
         config = OptimizerConfig(
@@ -277,8 +279,11 @@ def save_trained(folder: Path) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
         model.ddp_config = DistributedDataParallelConfig()
         optimizer = get_megatron_optimizer(config, [model])
         for _ in range(2):
-            for parameter in model.parameters():
-                parameter.main_grad = torch.randn(parameter.shape)
+            for name, parameter in model.named_parameters():
+                own = dist.get_rank() % 2 if getattr(parameter, "tensor_model_parallel", False) else 0
+                tied = "embedding.word_embeddings.weight" if name == "output_layer.weight" else name
+                generator = torch.Generator().manual_seed(2 * zlib.crc32(tied.encode()) + own)
+                parameter.main_grad = torch.randn(parameter.shape, generator=generator)
             optimizer.step()
         save(model, args, folder / kind, optimizer=optimizer.state_dict())
         (inner,) = optimizer.chained_optimizers
