@@ -69,6 +69,11 @@ class Link:
             sizes[0] = self.columns.groups * self.columns.width
         return tuple(sizes[::-1] if self.transposed else sizes)
 
+    def cut_dim(self, spec: ParamSpec) -> int | None:
+        """Return the foreign dim along which tensor-parallel ranks hold parts of the tensor; ``None`` if all of it."""
+        held = [spec.sharded_dim in group for group in self._groups(spec)]
+        return (held[::-1] if self.transposed else held).index(True) if any(held) else None
+
     def their_boxes(self, spec: ParamSpec, region: Region) -> list[Box2D]:
         """Return where a box of the parameter (within this link's part) lies: boxes, one after the other by outputs."""
         bounds = []

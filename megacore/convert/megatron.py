@@ -18,6 +18,7 @@ from megacore.convert.megatron_config import model_from, padded_size
 from megacore.convert.megatron_files import MegatronFiles, read_parts
 from megacore.convert.megatron_names import core_names, megatron_links
 from megacore.convert.megatron_optimizer import NotReadable, adam_tensors
+from megacore.convert.stored_tensor import StoredTensor
 from megacore.errors import CheckpointError, ConfigError
 from megacore.model_config import ModelConfig
 from megacore.params import ParamSpec, Region, Role
@@ -55,7 +56,7 @@ class MegatronSource:
             raise ConfigError(f"{self._files.file} does not say what model it is of: add --config CONFIG.yaml")
         self.manifest = fresh_manifest(model)
         self.specs = self.manifest.specs()
-        self._parts: dict[str, dict[str, list[torch.Tensor]]] = {WEIGHT: self._files.tensors}
+        self._parts: dict[str, dict[str, list[StoredTensor]]] = {WEIGHT: self._files.tensors}
         self._links: dict[str, list[Link]] = defaultdict(list)
         self._find(model)
         self.left_out = (*self._padding(model), *inexact)
@@ -110,21 +111,22 @@ class MegatronSource:
         for first, second in zip(self._files.tensors[name], self._files.tensors[_TIED_COPY], strict=True):
             same = first.shape == second.shape
             rows = max(1, _COMPARED // max(1, math.prod(first.shape[1:])))
-            for start in range(0, len(first) if same else 0, rows):
-                same = same and torch.equal(first[start : start + rows], second[start : start + rows])
+            for start in range(0, first.shape[0] if same else 0, rows):
+                box = (slice(start, start + rows),)
+                same = same and torch.equal(first.read(box), second.read(box))
             if not same:
                 raise CheckpointError(f"{self._files.folder}: {_TIED_COPY} differs from {name}, to which it is tied")
 
     def _padding(self, model: ModelConfig) -> tuple[str, ...]:
         name = self._links["embeddings.word"][0].theirs
-        rows = sum(len(part) for part in self._files.tensors[name])
+        rows = sum(part.shape[0] for part in self._files.tensors[name])
         if rows == model.vocab_size:
             return ()
         return (f"rows {model.vocab_size} to {rows - 1} of the vocabulary (padding)",)
 
     def _find_optimizer(self) -> int:
         """Find Adam's state of every parameter, or say that it is left out; return Adam's step."""
-        parts: dict[str, dict[str, list[torch.Tensor]]] = {state: defaultdict(list) for state in STATES}
+        parts: dict[str, dict[str, list[StoredTensor]]] = {state: defaultdict(list) for state in STATES}
         steps = set()
         separate = self._files.has_distributed_optimizer
         if not separate and not any("optimizer" in content for content in self._files.content.values()):

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from megacore.convert.links import Box2D
+from megacore.convert.stored_tensor import StoredTensor
 from megacore.convert.torch_files import load_torch_file
 from megacore.errors import CheckpointError, ConfigError
 
@@ -64,7 +64,7 @@ class MegatronFiles:
         self.tensor_parallel_size = 1 + max(rank for _, rank in self.ranks)
         self.args: Mapping[str, Any] = self._args(self.content[first])
         self.iteration = self._iteration(self.content[first])
-        self.tensors: dict[str, list[torch.Tensor]] = {}
+        self.tensors: dict[str, list[StoredTensor]] = {}
         """Name in the whole model -> the tensor-parallel ranks' parts."""
         self.held: dict[tuple[int, int], dict[str, str]] = {}
         """Rank -> the names in the whole model of its tensors, in its file's order -> their names in its file."""
@@ -136,7 +136,7 @@ class MegatronFiles:
                 for name, tensor in _flattened(self.content[stage, rank]["model"]):
                     if _NOT_WEIGHTS.search(f".{name}"):
                         continue
-                    if not isinstance(tensor, torch.Tensor):
+                    if not isinstance(tensor, StoredTensor):
                         raise CheckpointError(f"{file}: {name} is not a tensor")
                     match = _LAYER.fullmatch(name)
                     layers = max(layers, int(match[2]) + 1) if match else layers
@@ -154,7 +154,7 @@ class MegatronFiles:
                     raise CheckpointError(f"{self.ranks[stage, rank]}: {name} is missing")
 
 
-def read_parts(parts: list[torch.Tensor], box: Box2D, dim: int | None) -> NDArray[np.float32]:
+def read_parts(parts: list[StoredTensor], box: Box2D, dim: int | None) -> NDArray[np.float32]:
     """Return a box of a whole tensor in fp32.
 
     Args:
@@ -163,12 +163,12 @@ def read_parts(parts: list[torch.Tensor], box: Box2D, dim: int | None) -> NDArra
         dim: that the ranks share; ``None`` if all have the whole tensor.
     """
     if dim is None or len(parts) == 1:
-        return _fp32(parts[0][box])
+        return _fp32(parts[0], box)
     size, wanted = parts[0].shape[dim], box[dim]
     pieces = []
     for rank in range(wanted.start // size, -(-wanted.stop // size)):
         own = slice(max(wanted.start - rank * size, 0), min(wanted.stop - rank * size, size))
-        pieces.append(_fp32(parts[rank][(*box[:dim], own, *box[dim + 1 :])]))
+        pieces.append(_fp32(parts[rank], (*box[:dim], own, *box[dim + 1 :])))
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=dim)
 
 
@@ -181,6 +181,6 @@ def _flattened(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield f"{prefix}{name}", value
 
 
-def _fp32(tensor: torch.Tensor) -> NDArray[np.float32]:
-    values: NDArray[np.float32] = tensor.detach().float().numpy()
+def _fp32(tensor: StoredTensor, box: Box2D) -> NDArray[np.float32]:
+    values: NDArray[np.float32] = tensor.read(box).float().numpy()
     return values

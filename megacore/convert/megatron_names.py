@@ -41,6 +41,8 @@ class Names:
     transform_norm: str
     pooler: str
     pair_head: str
+    first_layer: int = 0
+    """Number of the first layer."""
 
 
 _CORE = Names(
@@ -113,7 +115,7 @@ def megatron_links(model: ModelConfig, names: Names, tensor_parallel_size: int) 
 
 
 def _layer_links(model: ModelConfig, names: Names, tensor_parallel_size: int, number: int) -> Iterator[Link]:
-    theirs, ours = f"{names.layers}{number}.", f"layers.{number}."
+    theirs, ours = f"{names.layers}{names.first_layer + number}.", f"layers.{number}."
     yield from _norm(model, theirs + names.attention_norm, f"{ours}attention_residual.norm")
     groups = model.num_key_value_heads
     queries = model.num_attention_heads // groups * model.head_dim

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 
 from megacore.checkpoint.manifest import MOMENTS, WEIGHT
+from megacore.convert.stored_tensor import StoredTensor, number_in
 
 _HALF = (torch.float16, torch.bfloat16)
-_LOOKED_AT = 1024
 
 
 class NotReadable(Exception):
     """Why an optimizer's state cannot be taken over."""
 
 
-def adam_tensors(optimizer: Any, model: Mapping[str, torch.Tensor]) -> tuple[dict[str, dict[str, torch.Tensor]], int]:
+def adam_tensors(optimizer: Any, model: Mapping[str, StoredTensor]) -> tuple[dict[str, dict[str, StoredTensor]], int]:
     """Return each state's tensors by the parameters' names, and Adam's step.
 
     Args:
@@ -34,7 +34,7 @@ def adam_tensors(optimizer: Any, model: Mapping[str, torch.Tensor]) -> tuple[dic
     try:
         inner = optimizer.get("optimizer", optimizer)
         mains = optimizer.get("fp32_from_fp16_params", optimizer.get("fp32_from_fp16"))
-        found: dict[str, dict[str, torch.Tensor]] = {state: {} for state in (WEIGHT, *MOMENTS)}
+        found: dict[str, dict[str, StoredTensor]] = {state: {} for state in (WEIGHT, *MOMENTS)}
         steps: set[int] = set()
         if not inner["state"]:
             raise NotReadable("the distributed optimizer's")
@@ -45,7 +45,7 @@ def adam_tensors(optimizer: Any, model: Mapping[str, torch.Tensor]) -> tuple[dic
                 found[WEIGHT][name] = _rounded_to(tensor, next(main)) if mains and tensor.dtype in _HALF else tensor
                 for moment in MOMENTS:
                     found[moment][name] = state[moment]
-                steps.add(int(state["step"] if "step" in state else group["step"]))
+                steps.add(number_in(state["step"] if "step" in state else group["step"], "the optimizer's step"))
         for tensors in found.values():
             if tensors.keys() != model.keys() or any(tensors[name].shape != model[name].shape for name in model):
                 raise NotReadable("not of these parameters")
@@ -56,16 +56,17 @@ def adam_tensors(optimizer: Any, model: Mapping[str, torch.Tensor]) -> tuple[dic
     return found, steps.pop()
 
 
-def _rounded_to(half: torch.Tensor, main: torch.Tensor) -> torch.Tensor:
-    """Return a fp32 weight, having looked whether its first entries are those of the parameter."""
-    if not torch.equal(main.flatten()[:_LOOKED_AT].to(half.dtype), half.flatten()[:_LOOKED_AT]):
+def _rounded_to(half: StoredTensor, main: StoredTensor) -> StoredTensor:
+    """Return a fp32 weight, having looked whether its first row is the parameter's."""
+    row = (slice(0, 1),)
+    if main.shape != half.shape or not torch.equal(main.read(row).to(half.dtype), half.read(row)):
         raise NotReadable("not of these parameters")
     return main
 
 
-def _grouped(model: Mapping[str, torch.Tensor], group: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+def _grouped(model: Mapping[str, StoredTensor], group: Mapping[str, Any]) -> Iterator[tuple[str, StoredTensor]]:
     """Yield the parameters of a group of Megatron's: with the factor 1 of the weight decay, or with 0."""
     decayed = bool(group["wd_mult"])
     for name, tensor in model.items():
-        if (tensor.ndim > 1 and not name.endswith(".bias")) == decayed:
+        if (len(tensor.shape) > 1 and not name.endswith(".bias")) == decayed:
             yield name, tensor
