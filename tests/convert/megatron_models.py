@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 VOCABULARY, PADDED, POSITIONS = 150, 256, 24
+LAYOUT = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
 CASES: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "gpt2 fused gelu": {"bias_gelu_fusion": True},
@@ -226,24 +227,26 @@ def save(model: Any, args: argparse.Namespace, path: Path, **more: Any) -> None:
     (path / "latest_checkpointed_iteration.txt").write_text("12")
 
 
-def save_all(
-    folder: Path, names: list[str], tensor: int, pipeline: int, tokens: torch.Tensor, segments: torch.Tensor
-) -> dict[str, list[torch.Tensor]]:
-    """Save the models with random weights; return what they compute."""
-    start(tensor, pipeline)
+Computed = dict[str, list[torch.Tensor]]
+Held = dict[str, dict[str, dict[str, torch.Tensor]]]
+
+
+def save_all(folder: Path, tokens: torch.Tensor, segments: torch.Tensor) -> tuple[Computed, Held]:
+    """Save the models with random weights at TP 2 × PP 2; return what they compute, and `save_trained`'s."""
+    start(2, 2)
     computed = {}
-    for name in names:
-        args = arguments(**CASES[name], tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    for name, changes in CASES.items():
+        args = arguments(**changes, **LAYOUT)
         model = build(args)
         randomise(model)
         save(model, args, folder / name)
         computed[name] = compute(model, args, tokens, segments)
-    return computed
+    return computed, save_trained(folder / "trained")
 
 
 def load_all(
     folder: Path, names: list[str], tensor: int, pipeline: int, tokens: torch.Tensor, segments: torch.Tensor
-) -> dict[str, list[torch.Tensor]]:
+) -> Computed:
     """Load files of this layout into fresh models; return what they compute."""
     start(tensor, pipeline)
     computed = {}
@@ -260,17 +263,15 @@ def load_all(
     return computed
 
 
-def save_trained(folder: Path) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
+def save_trained(folder: Path) -> Held:
     """Take two steps of Adam in fp32 and in bf16, and save model and optimizer; return this rank's state by name."""
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    start(2, 2)
     moments = {}
     for kind in ("fp32", "bf16"):
         half = kind == "bf16"
-        layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
-        args = arguments(params_dtype=torch.bfloat16 if half else torch.float32, **layout)
+        args = arguments(params_dtype=torch.bfloat16 if half else torch.float32, **LAYOUT)
         model = build(args)
         randomise(model)
         config = OptimizerConfig(

@@ -25,7 +25,7 @@ from megacore.convert.megatron_export import export_megatron
 from megacore.errors import CheckpointError, ConfigError, MegacoreError
 from megacore.models.batch import ModelBatch
 from megacore.params import Region
-from tests.convert.megatron_models import CASES, PADDED, VOCABULARY, load_all, save_all, save_trained
+from tests.convert.megatron_models import CASES, PADDED, VOCABULARY, load_all, save_all
 from tests.convert.test_convert_command import run
 from tests.models import model_config, whole_model
 from tests.ranks import run_ranks
@@ -38,10 +38,16 @@ SEGMENTS = torch.from_numpy(np.random.default_rng(1).integers(0, 2, (3, 17)))
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[torch.Tensor]]]:
-    """Megatron's checkpoints at TP 2 × PP 2, and what its models compute."""
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    """Megatron's checkpoints at TP 2 × PP 2; of each rank, what its models compute and its optimizer holds."""
     folder = tmp_path_factory.mktemp("megatron")
-    return folder, run_ranks(save_all, 4, folder, list(CASES), 2, 2, TOKENS, SEGMENTS, timeout=240)[-1]
+    return folder, run_ranks(save_all, 4, folder, TOKENS, SEGMENTS, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def saved(ranks: tuple[Path, list[Any]]) -> tuple[Path, dict[str, list[torch.Tensor]]]:
+    """The checkpoints of each case, and what Megatron computes."""
+    return ranks[0], ranks[1][-1][0]
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +61,9 @@ def imported(saved: tuple[Path, dict[str, list[torch.Tensor]]]) -> dict[str, Che
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """Megatron's checkpoints with its optimizer's state at TP 2 × PP 2, and that state as each rank holds it."""
-    folder = tmp_path_factory.mktemp("trained")
-    return folder, run_ranks(save_trained, 4, folder, timeout=240)
+def trained(ranks: tuple[Path, list[Any]]) -> tuple[Path, list[dict[str, Any]]]:
+    """Checkpoints with the optimizer's state, and that state as each rank holds it."""
+    return ranks[0] / "trained", [held for _, held in ranks[1]]
 
 
 def assert_same_logits(reader: CheckpointReader, expected: list[torch.Tensor], tolerance: float = 1e-5) -> None:
@@ -175,7 +180,15 @@ def test_an_optimizer_that_is_not_read_is_left_out_by_name(
     manifest = CheckpointReader(tmp_path / "imported").manifest
     assert manifest.states == ("weight",) and manifest.progress.optimizer_step == 0
     assert any("optimizer" in what for what in manifest.lineage[0]["left_out"])
-    said = run(megacore_command("convert", trained[0] / "bf16", tmp_path / "weights", "--weights-only"))
+    swapped = rewritten(trained[0] / "bf16", tmp_path / "swapped")
+    for file in swapped.glob("*/*.pt"):
+        content = torch.load(file, weights_only=False)
+        weights = content["optimizer"]["fp32_from_fp16_params"][0]
+        first, second = (place for place, weight in enumerate(weights) if weight.shape == (32, 24))
+        weights[first], weights[second] = weights[second], weights[first]
+        torch.save(content, file)
+    assert any("not of these parameters" in what for what in MegatronSource(swapped).left_out)
+    run(megacore_command("convert", trained[0] / "bf16", tmp_path / "weights", "--weights-only"))
     assert CheckpointReader(tmp_path / "weights").manifest.states == ("weight",)
 
 
@@ -285,6 +298,18 @@ def test_transformer_engine_s_names_of_norms_are_read(
     again = MegatronSource(source)
     for name in ("layers.2.attention_residual.norm.weight", "layers.3.mlp_residual.norm.bias"):
         assert np.array_equal(again.box(name, "weight", ((0, 32),)), imported["bert"].read(name, "weight"))
+
+
+def test_weights_of_no_iteration_are_a_release(tmp_path: Path) -> None:
+    gpt = {"architecture": "decoder", "type_vocab_size": 0, "lm_transform": False, "lm_bias": False}
+    reader = written(tmp_path / "source", residual="pre_norm", embedding_norm=False, **gpt)
+    export_megatron(reader, tmp_path / "out", ParallelConfig(tensor_parallel_size=4), "float32", Alone())
+    assert (tmp_path / "out" / "latest_checkpointed_iteration.txt").read_text() == "release"
+    assert sorted(path.name for path in (tmp_path / "out" / "release").iterdir()) == [f"mp_rank_0{n}" for n in range(4)]
+    source = MegatronSource(tmp_path / "out")
+    assert source.manifest.model.num_hidden_layers == 2 and source.manifest.progress.step == 0
+    box = source.box("layers.1.mlp.up_weight", "weight", ((7, 33), (0, 24)))
+    assert np.array_equal(box, reader.read("layers.1.mlp.up_weight", "weight", ((7, 33), (0, 24))))
 
 
 def test_what_is_not_exact_is_said(saved: tuple[Path, Any], tmp_path: Path) -> None:
