@@ -19,7 +19,7 @@ from megacore.checkpoint.manifest import Manifest, carried_manifest
 from megacore.convert.deepspeed_files import DeepSpeedFiles, Part, open_deepspeed
 from megacore.convert.imports import fresh_manifest
 from megacore.convert.links import Box2D, Link, read_linked
-from megacore.convert.megatron_deepspeed import is_megatron, megatron_deepspeed_links
+from megacore.convert.megatron_deepspeed import is_megatron, megatron_deepspeed_links, megatron_deepspeed_model
 from megacore.convert.module_names import module_links
 from megacore.convert.stored_tensor import StoredTensor, number_in
 from megacore.errors import CheckpointError, ConfigError
@@ -50,6 +50,11 @@ class DeepSpeedSource:
         self.path = path
         self._files: DeepSpeedFiles = open_deepspeed(path)
         self.states = self._files.states
+        self._is_megatron = is_megatron(self._files.parts)
+        inexact: tuple[str, ...] = ()
+        if self._is_megatron:
+            names = self._files.parts.keys()
+            model, inexact = megatron_deepspeed_model(self._files.facts, names, str(self._files.folder), model)
         self.manifest = self._manifest(model)
         self.specs = self.manifest.specs()
         if self.manifest.model.num_experts:
@@ -63,7 +68,7 @@ class DeepSpeedSource:
                 self._tensors[link.theirs], rows = self._placed(link)
                 if rows:
                     padding[link.theirs] = rows
-        self.left_out = tuple(f"{rows} rows of padding of {name}" for name, rows in padding.items())
+        self.left_out = (*(f"{rows} rows of padding of {name}" for name, rows in padding.items()), *inexact)
 
     def _manifest(self, model: ModelConfig | None) -> Manifest:
         facts = self._files.facts
@@ -82,7 +87,6 @@ class DeepSpeedSource:
     def _all_links(self) -> list[Link]:
         """Return the links of all parameters, having checked that they are to what there is."""
         found, model, ranks = self._files.parts.keys(), self.manifest.model, self._files.tensor_parallel_size
-        self._is_megatron = is_megatron(found)
         if self._is_megatron:
             links = list(megatron_deepspeed_links(model, found, self._files.facts, ranks, str(self.path)))
             unknown = self.specs.keys() ^ {link.ours for link in links}
