@@ -43,7 +43,7 @@ def convert(
     from megacore.config import ParallelConfig
     from megacore.convert.deepspeed import DeepSpeedSource
     from megacore.convert.huggingface import HuggingFaceSource, export_huggingface
-    from megacore.convert.imports import Import, import_checkpoint
+    from megacore.convert.imports import import_checkpoint
     from megacore.convert.megatron import MegatronSource
     from megacore.convert.megatron_export import export_megatron
     from megacore.convert.reshard import reshard
@@ -86,9 +86,6 @@ def convert(
             if names and group.rank == 0:
                 typer.echo(f"{what}: {', '.join(names)}")
 
-    if reader is not None and target_format == "megatron" and len(reader.manifest.states) > 1 and not weights_only:
-        started(Import(0, (), ("the optimizer's state (Megatron-LM starts anew: --finetune or --no-load-optim)",)))
-
     with byte_bar("converting (rank 0)", None, enabled=group.rank == 0) as advance:
         if reader is None:
             import_checkpoint(opened, target, parallel, group, stored, weights_only, started, advance)
@@ -101,6 +98,8 @@ def convert(
         else:
             reshard(reader, target, parallel, group, weights_only, stored, on_progress=advance)
     if group.rank == 0:
+        if target_format == "megatron":
+            typer.echo("without optimizer; Megatron-LM: --transformer-impl local --no-load-optim --no-load-rng")
         typer.echo(f"{target}: {known} → {target_format}, {time.perf_counter() - began:.1f} s with {group.size} ranks")
 
 
