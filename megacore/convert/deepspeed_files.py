@@ -226,7 +226,7 @@ def _zero3(state: dict[str, Any], groups: list[dict[str, Any]], replica: int) ->
     """Yield a replica's piece of every parameter, without the padding behind the last piece."""
     replicas = state["partition_count"]
     replicas = replicas[0] if isinstance(replicas, list) else replicas
-    for number, group in enumerate(groups):
+    for number, (group, _) in enumerate(zip(groups, state["fp32_flat_groups"], strict=True)):
         start = 0
         for name, shape in group.items():
             size = math.prod(shape)

@@ -39,6 +39,7 @@ SPLIT = {"ds_sequence_parallel_fpdt": False}
 CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "gpt tp2 dp2 zero1": ({}, {"tensor_parallel_size": 2, "zero": 1}),
     "gpt dp4 zero3": ({}, {"zero": 3}),
+    "gpt dp4 zero3 in sub-groups": ({}, {"zero": 3, "sub_group_size": 5000}),
     "gpt split tp2 dp2 zero2": (SPLIT, {"tensor_parallel_size": 2, "zero": 2}),
     "llama tp2 dp2 zero1": (LLAMA, {"tensor_parallel_size": 2, "zero": 1}),
     "llama tp2 dp2 zero3": (LLAMA, {"tensor_parallel_size": 2, "zero": 3}),
@@ -357,7 +358,8 @@ def train_all(folder: Path, names: list[str], tokens: Tensor) -> dict[str, dict[
     results = {}
     for name in names:
         changes, layout = CASES[name]
-        sizes = {key: value for key, value in layout.items() if key != "zero"}
+        sizes = {key: value for key, value in layout.items() if key.endswith("parallel_size")}
+        zero = {"stage": layout["zero"], "sub_group_size": layout.get("sub_group_size", 10**9)}
         grid = ParallelGrid.create(ParallelConfig(**sizes))
         args = settings(**changes, tensor_model_parallel_size=grid.tensor_parallel_size)
         staged = grid.pipeline_parallel_size > 1
@@ -369,7 +371,7 @@ def train_all(folder: Path, names: list[str], tokens: Tensor) -> dict[str, dict[
             config={
                 "train_micro_batch_size_per_gpu": 2,
                 "gradient_accumulation_steps": 1,
-                "zero_optimization": {"stage": layout["zero"]},
+                "zero_optimization": zero,
             },
             mpu=None if staged else DeepSpeedGrid(grid),
             dist_init_required=False,
