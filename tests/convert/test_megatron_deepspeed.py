@@ -21,7 +21,8 @@ from megacore.convert.deepspeed import DeepSpeedSource
 from megacore.convert.imports import import_checkpoint
 from megacore.errors import ConfigError, MegacoreError
 from megacore.models.batch import ModelBatch
-from tests.convert.megatron_deepspeed_models import CASES, PADDED, POSITIONS, STEPS, VOCABULARY, settings, train_all
+from tests.convert.megatron_deepspeed_models import PADDED, POSITIONS, VOCABULARY, segments_of
+from tests.convert.megatron_deepspeed_runs import CASES, STEPS, settings, train_all
 from tests.convert.test_convert_command import run
 from tests.ranks import run_ranks
 
@@ -53,6 +54,16 @@ def parameters(name: str, ranks: list[dict[str, Any]], state: str) -> dict[str, 
         found["embeddings.position"] = held["language_model.embedding.position_embeddings.weight"][0]
     if args.untie_embeddings_and_output_weights:
         found["lm_head.weight"] = torch.cat(held["language_model.output_layer.weight"])[:VOCABULARY]
+    if args.bert:
+        names = {
+            "embeddings.segment": "language_model.embedding.tokentype_embeddings.weight",
+            **{f"lm_head.transform_{kind}": f"lm_head.dense.{kind}" for kind in ("weight", "bias")},
+            **{f"lm_head.norm.{kind}": f"lm_head.layernorm.{kind}" for kind in ("weight", "bias")},
+            **{f"nsp_head.pooler_{kind}": f"language_model.pooler.dense.{kind}" for kind in ("weight", "bias")},
+            **{f"nsp_head.{kind}": f"binary_head.{kind}" for kind in ("weight", "bias")},
+        }
+        found |= {ours: held[theirs][0] for ours, theirs in names.items()}
+        found["lm_head.bias"] = torch.cat(held["lm_head.bias"])[:VOCABULARY]
     kinds = ("weight", "bias") if args.add_bias_linear else ("weight",)
     norm_kinds = ("weight", "bias") if args.normalization == "layernorm" else ("weight",)
     for kind in norm_kinds:
@@ -113,14 +124,17 @@ def test_native_checkpoints_are_read_bit_for_bit_and_compute_the_same(
     assert (progress.step, progress.optimizer_step) == (STEPS, STEPS)
     assert any(f"{PADDED - VOCABULARY} rows of padding" in what for what in DeepSpeedSource(folder / name).left_out)
     count, length = TOKENS.shape
-    tokens = torch.stack([TOKENS.flatten(), torch.zeros(count * length).long(), torch.arange(length).repeat(count)])
+    is_bert = reader.manifest.model.architecture == "encoder"
+    segments = segments_of(TOKENS) if is_bert else torch.zeros_like(TOKENS)
+    tokens = torch.stack([TOKENS.flatten(), segments.flatten(), torch.arange(length).repeat(count)])
     sequences = torch.tensor([[length] * count, [0] * count, list(range(count))])
     batch = ModelBatch(tokens, sequences, torch.arange(count * length), TOKENS.flatten(), torch.zeros(count).long())
     with torch.no_grad():
-        logits = load_model(reader, torch.float32)(batch)[0]
-    theirs = next(rank["logits"] for rank in ranks[::-1] if rank["logits"] is not None)
-    expected = theirs[..., :VOCABULARY].flatten(0, 1)
-    assert float((logits - expected).abs().max()) <= 1e-5 * max(1.0, float(expected.abs().max()))
+        outputs = load_model(reader, torch.float32)(batch)
+    theirs = next(rank["outputs"] for rank in ranks[::-1] if rank["outputs"] is not None)
+    words, *pairs = theirs if is_bert else (theirs,)
+    for mine, expected in zip(outputs, [words[..., :VOCABULARY].flatten(0, 1), *pairs], strict=True):
+        assert float((mine - expected).abs().max()) <= 1e-5 * max(1.0, float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("name", CASES)
