@@ -231,8 +231,13 @@ Computed = dict[str, list[torch.Tensor]]
 Held = dict[str, dict[str, dict[str, torch.Tensor]]]
 
 
-def save_all(folder: Path, tokens: torch.Tensor, segments: torch.Tensor) -> tuple[Computed, Held]:
-    """Save the models with random weights at TP 2 × PP 2; return what they compute, and `save_trained`'s."""
+def save_all(folder: Path, tokens: torch.Tensor, segments: torch.Tensor) -> tuple[Computed, Held, dict[str, str]]:
+    """Save models with random weights at TP 2 × PP 2.
+
+    Returns what they compute; what `save_trained` returns; norms' names -> those that Transformer Engine's layers have.
+    """
+    from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+
     start(2, 2)
     computed = {}
     for name, changes in CASES.items():
@@ -241,7 +246,8 @@ def save_all(folder: Path, tokens: torch.Tensor, segments: torch.Tensor) -> tupl
         randomise(model)
         save(model, args, folder / name)
         computed[name] = compute(model, args, tokens, segments)
-    return computed, save_trained(folder / "trained")
+    names = bert_layer_local_spec.submodules.sharded_state_dict_keys_map
+    return computed, save_trained(folder / "trained"), names
 
 
 def load_all(
