@@ -35,8 +35,8 @@ from megacore.checkpoint.writer import write_checkpoint
 from megacore.communicator import Alone
 from megacore.model_config import ModelConfig
 from megacore.models.transformer import declarations
-from megacore.params import Region, Shard, region_shape
 from megacore.settings import validated
+from megacore.specs import Region, Shard, region_shape
 from megacore.training.saver import Saver
 
 SOURCE = Layout(tensor_parallel_size=2, pipeline_parallel_size=2)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megacore.params import Region, region_shape
+from megacore.specs import Region, region_shape
 
 FloatArray = NDArray[np.floating[Any]]
 Rows = Callable[[int, int], torch.Tensor]

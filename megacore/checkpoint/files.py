@@ -15,7 +15,7 @@ from megacore.checkpoint.stream import ITEM_BYTES
 from megacore.checkpoint.writer import FileToWrite, PieceToWrite
 from megacore.communicator import Communicator
 from megacore.config import ParallelConfig
-from megacore.params import ParamSpec, Region, Shard, region_shape
+from megacore.specs import ParamSpec, Region, Shard, region_shape
 
 _BLOCK_ENTRIES = 1 << 21
 """Entries of a tensor that are computed at once: bounds the memory, 16 MiB in float64."""

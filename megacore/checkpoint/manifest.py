@@ -25,9 +25,9 @@ from pydantic import (
 from megacore.errors import CheckpointError, ConfigError
 from megacore.model_config import ModelConfig
 from megacore.models.transformer import declarations
-from megacore.params import ParamSpec, Region
 from megacore.sealed import digest, seal, unseal
 from megacore.settings import validated
+from megacore.specs import ParamSpec, Region
 
 MANIFEST = "manifest.json"
 WEIGHT = "weight"

@@ -16,7 +16,7 @@ from megacore.checkpoint.assemble import FloatArray, Rows, Run, as_array, assemb
 from megacore.checkpoint.manifest import FileRecord, Manifest, Piece, read_manifest
 from megacore.checkpoint.tensor_file import TensorFile
 from megacore.errors import CheckpointError
-from megacore.params import Region, region_shape
+from megacore.specs import Region, region_shape
 
 _BLOCK = 1 << 22
 """Entries read at once while a checksum is computed."""

@@ -17,8 +17,8 @@ from megacore.checkpoint.manifest import MANIFEST, FileRecord, Manifest, Piece
 from megacore.checkpoint.stream import Entry, SafetensorsStream
 from megacore.communicator import Communicator, together
 from megacore.errors import CheckpointError
-from megacore.params import Region, region_shape
 from megacore.publish import os_errors, publishing, write_text
+from megacore.specs import Region, region_shape
 
 
 class PieceToWrite(NamedTuple):

@@ -26,7 +26,8 @@ from megacore.convert.module_names import module_names
 from megacore.convert.torch_files import load_torch_file
 from megacore.errors import CheckpointError, ConfigError
 from megacore.model_config import ModelConfig
-from megacore.params import PLACEHOLDER, ParamSpec, Region, Shard, region_shape
+from megacore.params import PLACEHOLDER
+from megacore.specs import ParamSpec, Region, Shard, region_shape
 
 CARRIED = "megacore"
 """Key of the client state under which an exported checkpoint carries its manifest."""

@@ -25,8 +25,8 @@ from megacore.convert.hf_files import CONFIG, TOKENIZER_FILES, HuggingFaceFiles,
 from megacore.convert.imports import fresh_manifest
 from megacore.convert.links import Link
 from megacore.errors import CheckpointError
-from megacore.params import ParamSpec, Region, region_shape
 from megacore.publish import os_errors, publishing, write_text
+from megacore.specs import ParamSpec, Region, region_shape
 
 ATTACHED = "huggingface"
 """Directory in an imported checkpoint: Hugging Face's configuration and tokenizer."""

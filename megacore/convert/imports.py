@@ -18,7 +18,7 @@ from megacore.config import ParallelConfig
 from megacore.errors import ConfigError
 from megacore.model_config import ModelConfig
 from megacore.models.transformer import declarations
-from megacore.params import Region
+from megacore.specs import Region
 
 
 class Source(Protocol):

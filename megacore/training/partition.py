@@ -21,7 +21,8 @@ from megacore.checkpoint.manifest import MOMENTS, WEIGHT
 from megacore.checkpoint.reader import CheckpointReader
 from megacore.checkpoint.writer import PieceToWrite
 from megacore.parallel.grid import ParallelGrid
-from megacore.params import Parameter, declared, region_shape
+from megacore.params import Parameter, declared
+from megacore.specs import region_shape
 from megacore.training.engine import TrainingEngine
 
 

@@ -22,7 +22,7 @@ from megacore.communicator import Alone
 from megacore.errors import CheckpointError
 from megacore.growth.verify import check_integrity
 from megacore.models.transformer import declarations
-from megacore.params import Shard
+from megacore.specs import Shard
 from tests.models import model_config
 
 CONFIG = model_config()

@@ -24,7 +24,8 @@ from megacore.growth.plan import Symmetry, make_plan
 from megacore.growth.verify import random_batch
 from megacore.model_config import ModelConfig
 from megacore.models.transformer import Transformer
-from megacore.params import Shard, declared
+from megacore.params import declared
+from megacore.specs import Shard
 from tests.models import model_config, plain_loss
 from tests.ranks import run_ranks
 
