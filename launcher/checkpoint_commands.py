@@ -68,7 +68,7 @@ def grow(
     if group.rank == 0:
         seconds = time.perf_counter() - began
         changed = ", ".join(f"{key} {old} → {plan.changes['to'][key]}" for key, old in plan.changes["from"].items())
-        before, after = _parameter_count(reader.manifest.specs()), _parameter_count(plan.specs)
+        before, after = reader.manifest.num_parameters, sum(math.prod(spec.shape) for spec in plan.specs.values())
         typer.echo(f"{target}: {changed or 'same sizes'}; {before:,} → {after:,} parameters")
         typer.echo(f"{total / 1e6:.1f} MB written by {group.size} ranks in {seconds:.1f} s")
         if json_file:
@@ -164,7 +164,7 @@ def inspect(
     table = Table(show_header=False, box=None, pad_edge=False)
     for title, values in (("model", manifest.model), ("layout", manifest.layout), ("progress", manifest.progress)):
         table.add_row(title, ", ".join(f"{key}={value}" for key, value in values.model_dump().items()))
-    table.add_row("parameters", f"{_parameter_count(manifest.specs()):,}")
+    table.add_row("parameters", f"{manifest.num_parameters:,}")
     table.add_row("states", ", ".join(manifest.states))
     size = sum(file.size for file in manifest.files.values())
     table.add_row("files", f"{len(manifest.files)}, {size / 1e6:.1f} MB")
@@ -179,10 +179,6 @@ def inspect(
             multipliers = f"{record.learning_rate_multiplier:g}", f"{record.adam_eps_multiplier:g}"
             listing.add_row(name, axes, shape, *multipliers)
         console.print(listing)
-
-
-def _parameter_count(specs: dict[str, Any]) -> int:
-    return sum(math.prod(spec.shape) for spec in specs.values())
 
 
 def _write_json(path: Path, figures: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ CARRIED = "megacore"
 FILE_OF = {WEIGHT: "fp32", **{moment: moment for moment in MOMENTS}}
 """State -> the name of its file in a universal checkpoint."""
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_FP32 = np.dtype(np.float32)
 _Fragment = dict[str, torch.Tensor]
 """A replica's flat part of a parameter, by state."""
 
@@ -201,10 +202,9 @@ class DeepSpeedSource:
     def box(self, name: str, state: str, region: Region) -> NDArray[np.floating]:
         """Return a box of a parameter's state."""
         readers: dict[Region, Callable[[Region], NDArray[np.floating]]] = {
-            box: partial(read_runs, region_shape(box), runs, "float32")
-            for box, runs in self._boxes[name, state].items()
+            box: partial(read_runs, region_shape(box), runs, _FP32) for box, runs in self._boxes[name, state].items()
         }
-        return assembled(region, readers, "float32")[0]
+        return assembled(region, readers, _FP32)[0]
 
     def attach(self, directory: Path) -> None:
         """Add nothing."""
@@ -245,16 +245,16 @@ def _zero12(state: dict[str, Any]) -> Iterator[tuple[str, _Fragment]]:
             yield name, {key: tensor.narrow(0, address.start, address.numel) for key, tensor in tensors.items()}
 
 
-def _rows(flat: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    return flat[start:stop].detach().float()
+def _rows(flat: torch.Tensor, start: int, stop: int) -> NDArray[Any]:
+    return flat[start:stop].detach().float().numpy()
 
 
 def _rows_of_file(load: Callable[[Path], torch.Tensor], file: Path, spec: ParamSpec) -> Rows:
-    def rows(start: int, stop: int) -> torch.Tensor:
+    def rows(start: int, stop: int) -> NDArray[Any]:
         tensor = load(file)
         if tuple(tensor.shape) != spec.shape:
             raise CheckpointError(f"{file}: its shape is {tuple(tensor.shape)}; the model has {spec.shape}")
-        return tensor.flatten()[start:stop].detach().float()
+        return tensor.flatten()[start:stop].detach().float().numpy()
 
     return rows
 

@@ -210,7 +210,7 @@ class _Tensor:
 
 
 def _tensors(reader: CheckpointReader, family: Family) -> dict[str, _Tensor]:
-    specs, model = reader.manifest.specs(), reader.manifest.model
+    specs, model = reader.specs(), reader.manifest.model
     fused: dict[str, list[Link]] = defaultdict(list)
     for link in family.links(model):
         fused[link.theirs].append(link)
@@ -243,7 +243,7 @@ def _shard_name(number: int, count: int) -> str:
 def _write_shard(
     path: Path, tensors: dict[str, _Tensor], entries: list[Entry], on_progress: Callable[[int], None]
 ) -> None:
-    with SafetensorsStream(path, entries, {"format": "pt"}) as stream:
+    with SafetensorsStream(path, entries, lambda checksums: {"format": "pt"}) as stream:
         for entry in entries:
             stream.write(entry.key, (tensors[entry.key].values(),))
             on_progress(math.prod(entry.shape) * 4)

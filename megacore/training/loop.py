@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from deepspeed.accelerator import get_accelerator
 
 from data_pipeline.loader import Batch, PretrainingBatches
 from megacore.checkpoint.manifest import (
-    FileRecord,
     Layout,
     Manifest,
     Progress,
@@ -283,11 +281,10 @@ class TrainingStage:
                     display.say(f"old checkpoints could not be removed: {error}")
             display.say(f"saved {path}")
 
-        manifest = partial(self._manifest, self._progress)
-        self._saver.save(path, pieces_to_write(self._engine, self._grid), manifest, done)
+        self._saver.save(path, pieces_to_write(self._engine, self._grid), self._manifest(), done)
 
-    def _manifest(self, progress: Progress, files: dict[str, FileRecord]) -> Manifest:
-        """Describe the state at some progress."""
+    def _manifest(self) -> Manifest:
+        """Describe the present state."""
         specs = declarations(self._config.model)
         kept = self._start.multipliers or Multipliers(dict.fromkeys(specs, 1.0), dict.fromkeys(specs, 1.0))
         return Manifest(
@@ -297,12 +294,12 @@ class TrainingStage:
                 pipeline_parallel_size=self._grid.pipeline_parallel_size,
                 data_parallel_size=self._grid.data_parallel_size,
             ),
-            progress=progress,
+            progress=self._progress,
             annealing=kept.annealing,
             parameters=parameter_records(
                 specs, {name: (kept.learning_rate[name], kept.adam_eps[name]) for name in specs}
             ),
-            files=files,
+            files={},
             lineage=self._start.reader.manifest.lineage if self._start.reader else (),
             training_data=self._training_data(),
         )
@@ -315,6 +312,7 @@ def _find_start(config: RunConfig, training_data: dict[str, Any]) -> _Start:
     if path is None:
         return _Start(None, resumed=False)
     reader = CheckpointReader(path)
+    reader.specs()
     for key, saved in reader.manifest.model.model_dump().items():
         wanted = getattr(config.model, key)
         if saved != wanted and "dropout" not in key:

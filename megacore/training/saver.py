@@ -9,7 +9,7 @@ from threading import Thread
 import numpy as np
 from numpy.typing import NDArray
 
-from megacore.checkpoint.manifest import FileRecord, Manifest
+from megacore.checkpoint.manifest import Manifest
 from megacore.checkpoint.writer import PieceToWrite, write_checkpoint
 from megacore.communicator import Communicator
 
@@ -31,7 +31,7 @@ class Saver:
         self,
         path: Path,
         pieces: Sequence[PieceToWrite],
-        manifest: Callable[[dict[str, FileRecord]], Manifest],
+        manifest: Manifest,
         done: Callable[[], None],
     ) -> None:
         """Write this rank's pieces of a checkpoint; every rank of the group calls this.
@@ -39,7 +39,7 @@ class Saver:
         Args:
             path: the checkpoint's directory; must not exist.
             pieces: of this rank; their values may change once this returns.
-            manifest: makes the manifest from the records of all ranks' files (called on rank 0).
+            manifest: all but the files' records.
             done: called on every rank once the checkpoint is complete.
 
         Raises:
