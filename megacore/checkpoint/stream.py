@@ -49,8 +49,8 @@ Describe = Callable[[Mapping[str, str]], dict[str, str]]
 class SafetensorsStream:
     """A safetensors file being written; tensors must come in the order of ``entries``.
 
-    Use as a context manager. A thread takes checksums and writes while the next block is made; on leaving, the header
-    is completed and the file is flushed to the disk.
+    Use as a context manager. One thread takes checksums and writes while the next block is made, another flushes what
+    was written to the disk; on leaving, the header is completed and the last of the file is flushed.
 
     Args:
         path: must not exist.
@@ -66,8 +66,9 @@ class SafetensorsStream:
         self._checksums = {entry.key: xxhash.xxh3_128() for entry in entries}
         self._written = 0
         self._file = path.open("xb", buffering=0)
-        self._worker = ThreadPoolExecutor(1, "write")
+        self._writer, self._flusher = ThreadPoolExecutor(1, "write"), ThreadPoolExecutor(1, "flush")
         self._pending: deque[Future[None]] = deque()
+        self._flushing: Future[None] | None = None
         header = self._header()
         self._write_all(header)
         self.size = len(header) + sum(entry.nbytes for entry in entries)
@@ -81,7 +82,7 @@ class SafetensorsStream:
             data = np.ascontiguousarray(block, dtype=NUMPY[entry.dtype])
             while len(self._pending) >= _QUEUED:
                 self._pending.popleft().result()
-            self._pending.append(self._worker.submit(self._put, key, data))
+            self._pending.append(self._writer.submit(self._put, key, data))
             size += data.nbytes
         assert size == entry.nbytes, f"{key}: {size} bytes written, {entry.nbytes} declared"
         self._written += 1
@@ -90,6 +91,10 @@ class SafetensorsStream:
         content = data.reshape(-1).view(np.uint8).data
         self._checksums[key].update(content)
         self._write_all(content)
+        if self._flushing is None or self._flushing.done():  # so that little is left to be flushed at the end
+            if self._flushing is not None:
+                self._flushing.result()
+            self._flushing = self._flusher.submit(os.fdatasync, self._file.fileno())
 
     def _write_all(self, content: bytes | memoryview) -> None:
         view = memoryview(content)
@@ -123,7 +128,8 @@ class SafetensorsStream:
                 self.header = checksum_of(header)
                 os.fsync(self._file.fileno())
         finally:
-            self._worker.shutdown(cancel_futures=True)
+            self._writer.shutdown(cancel_futures=True)
+            self._flusher.shutdown()
             self._file.close()
 
 
