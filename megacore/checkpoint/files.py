@@ -113,19 +113,21 @@ def planned_bytes(files: Iterable[FileToWrite]) -> int:
 def share_of(
     files: list[FileToWrite], group: Communicator, on_progress: Callable[[int], None] = lambda size: None
 ) -> Iterator[FileToWrite]:
-    """Give each file, largest first, to the rank with the least work so far; yield this rank's.
+    """Give each rank files that follow each other, of about as many bytes as the others'; yield this rank's.
+
+    Neighbours are made from the same parts of a source, which a rank then checks once.
 
     Args:
         files: of all ranks.
         group: the ranks that write.
         on_progress: called with the number of bytes of each block this rank has written.
     """
-    loads = [0] * group.size
-    for file in sorted(files, key=lambda file: planned_bytes([file]), reverse=True):
-        rank = loads.index(min(loads))
-        loads[rank] += planned_bytes([file])
-        if rank == group.rank:
-            yield file[0], [_counted(item, on_progress) for item in file[1]]
+    total, before = planned_bytes(files), 0
+    for name, pieces in files:
+        size = planned_bytes([(name, pieces)])
+        middle, before = before + size / 2, before + size
+        if int(middle * group.size / max(1, total)) == group.rank:
+            yield name, [_counted(item, on_progress) for item in pieces]
 
 
 def _counted(item: PieceToWrite, on_progress: Callable[[int], None]) -> PieceToWrite:

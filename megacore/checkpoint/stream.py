@@ -133,6 +133,6 @@ class SafetensorsStream:
             self._file.close()
 
 
-def checksum_of(content: bytes) -> str:
+def checksum_of(content: bytes | memoryview) -> str:
     """Return the XXH3-128 of some bytes: fast, and made to find damage, not to resist forgery."""
     return xxhash.xxh3_128_hexdigest(content)
