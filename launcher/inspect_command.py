@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+_ALWAYS_SHOWN = ("architecture", "objective", "vocab_size")
+"""Keys of the model that are shown even where they have their default."""
+_WIDTH = 100
+"""Columns where there is no terminal."""
+_LAYER = re.compile(r".*\.\d+")
+
 if TYPE_CHECKING:
     from rich.tree import Tree
 
-    from megacore.checkpoint.manifest import Manifest
     from megacore.checkpoint.reader import CheckpointReader
 
 
@@ -34,7 +41,8 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(facts, ensure_ascii=False))
         return
-    console = Console(highlight=False, soft_wrap=not Console().is_terminal)
+    terminal = Console().is_terminal
+    console = Console(highlight=False, width=None if terminal else _WIDTH)
     for line in _summary(facts):
         console.print(line, markup=False)
     for tree in (_lineage(facts["lineage"]), _parameters(facts["parameters"], every)):
@@ -56,21 +64,17 @@ def _facts(reader: CheckpointReader) -> dict[str, Any]:
         **facts,
         "num_parameters": sum(math.prod(entry["shape"]) for entry in parameters.values()),
         "files": len(manifest.files),
-        "bytes": _bytes(manifest),
+        "bytes": sum(file.size for file in manifest.files.values()),
         "parameters": parameters,
     }
-
-
-def _bytes(manifest: Manifest) -> int:
-    return sum(file.size for file in manifest.files.values())
 
 
 def _summary(facts: dict[str, Any]) -> Iterator[str]:
     from megacore.model_config import ModelConfig
 
     progress, layout, model = facts["progress"], facts["layout"], facts["model"]
-    usual = ModelConfig().model_dump(mode="json")
-    shown = {key: value for key, value in model.items() if key in _SIZES or value != usual[key]}
+    usual = {key: field.default for key, field in ModelConfig.model_fields.items()}
+    shown = {key: value for key, value in model.items() if key in _ALWAYS_SHOWN or value != usual[key]}
     yield facts["checkpoint"]
     yield from _wrapped("model", [f"{key}={value}" for key, value in shown.items()])
     yield f"parameters  {facts['num_parameters']:,}"
@@ -85,15 +89,11 @@ def _summary(facts: dict[str, Any]) -> Iterator[str]:
     )
 
 
-_SIZES = ("architecture", "objective", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-_WIDTH = 88
-
-
 def _wrapped(title: str, words: Sequence[str]) -> Iterator[str]:
     """Put words into lines, the first of which has a title."""
     line = ""
     for word in words:
-        if line and len(line) + len(word) > _WIDTH:
+        if line and len(line) + len(word) > _WIDTH - 14:
             yield f"{title:<12}{line}"
             title, line = "", ""
         line += f"{word} "
@@ -123,10 +123,10 @@ def _lineage(events: Sequence[Mapping[str, Any]]) -> Tree:
 def _event(event: Mapping[str, Any]) -> str:
     source = event.get("source")
     name = source.get("name") if isinstance(source, Mapping) else source
-    if event.get("event") == "grow":
+    if event.get("event") == "grow" and event.keys() >= {"from", "to", "step", "optimizer"}:
         changes = ", ".join(f"{key} {old} → {event['to'][key]}" for key, old in event["from"].items())
         return f"grow {name} at step {event['step']:,}: {changes or 'same sizes'} (optimizer {event['optimizer']})"
-    if event.get("event") == "import":
+    if event.get("event") == "import" and "format" in event:
         new = f"; new: {', '.join(event['new'])}" if event.get("new") else ""
         return f"import {name} from {event['format']}{new}"
     return json.dumps(event, ensure_ascii=False)
@@ -136,46 +136,60 @@ def _parameters(parameters: Mapping[str, Mapping[str, Any]], every: bool) -> Tre
     """Show modules down to their parameters."""
     from rich.tree import Tree
 
+    usual = Counter(_stored(entry["states"]) for entry in parameters.values()).most_common(1)[0][0]
     nested: dict[str, Any] = {}
     for name, entry in parameters.items():
-        *modules, leaf = name.split(".")
+        *modules, leaf = re.split(r"\.(?!\d)", name)  # a layer's number stays with its list: layers.0
         place = nested
         for module in modules:
             place = place.setdefault(module, {})
-        place[leaf] = _leaf(entry)
-    tree = Tree("parameters: axis role size, …; stored states")
-    _grow_branches(tree, nested, every)
+        place[leaf] = _leaf(entry, usual)
+    tree = Tree(f"parameters ({usual}; an axis's role is write unless said)")
+    _branch_out(tree, nested, every)
     return tree
 
 
-def _leaf(entry: Mapping[str, Any]) -> str:
-    axes = ", ".join(f"{axis['name']} {axis['role']} {axis['size']:,}" for axis in entry["axes"])
-    dtypes = dict.fromkeys(entry["states"].values())
-    if len(dtypes) == 1:
-        stored = f"{' '.join(entry['states'])} {next(iter(dtypes))}"
-    else:
-        stored = " ".join(f"{state} {dtype}" for state, dtype in entry["states"].items())
+def _leaf(entry: Mapping[str, Any], usual: str) -> str:
+    """Describe a parameter: its axes with their roles and sizes, and what is not as usual."""
+    axes = [
+        f"{axis['name']} {axis['size']:,}{'' if axis['role'] == 'write' else ' (' + axis['role'] + ')'}"
+        for axis in entry["axes"]
+    ]
     factors = {"lr": entry["learning_rate_multiplier"], "eps": entry["adam_eps_multiplier"]}
-    multipliers = "".join(f", {name} × {factor:g}" for name, factor in factors.items() if factor != 1.0)
-    return f"[{axes}] {stored}{multipliers}"
+    words = [f"{name}×{factor:g}" for name, factor in factors.items() if factor != 1.0]
+    stored = _stored(entry["states"])
+    return " ".join([f"[{', '.join(axes)}]", *words, *([] if stored == usual else [f"stored as {stored}"])])
 
 
-def _grow_branches(tree: Tree, nested: Mapping[str, Any], every: bool) -> None:
+def _stored(states: Mapping[str, str]) -> str:
+    """Return which states of a parameter are stored, and how."""
+    dtypes = set(states.values())
+    if len(dtypes) == 1:
+        return f"{', '.join(states)} in {dtypes.pop()}"
+    return ", ".join(f"{state} in {dtype}" for state, dtype in states.items())
+
+
+def _branch_out(tree: Tree, nested: Mapping[str, Any], every: bool) -> None:
     from rich.markup import escape
 
-    for first, last, content in _runs(nested, every):
+    for names, content in _alike(nested, every):
         if isinstance(content, str):
-            tree.add(escape(f"{first} {content}"))
+            tree.add(escape(f"{names[0]} {content}"))
         else:
-            count = int(last) - int(first) + 1 if first != last else 1
-            _grow_branches(tree.add(first if count == 1 else f"{first} … {last} × {count}"), content, every)
+            title = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]} × {len(names)}"
+            _branch_out(tree.add(title), content, every)
 
 
-def _runs(nested: Mapping[str, Any], every: bool) -> Iterator[tuple[str, str, Any]]:
-    """Yield a module's children as (first, last, content): numbered ones that follow each other and are alike as one."""
-    children = list(nested.items())
-    while children:
-        first, content = last, _ = children.pop(0)
-        while not every and children and last.isdigit() and children[0] == (str(int(last) + 1), content):
-            last, _ = children.pop(0)
-        yield first, last, content
+def _alike(nested: Mapping[str, Any], every: bool) -> Iterator[tuple[list[str], Any]]:
+    """Yield a module's children as (names, content): layers that follow each other and are alike come together."""
+    names: list[str] = []
+    content: Any = None
+    for name, child in nested.items():
+        if names and not every and _LAYER.fullmatch(name) and _LAYER.fullmatch(names[0]) and child == content:
+            names.append(name)
+            continue
+        if names:
+            yield names, content
+        names, content = [name], child
+    if names:
+        yield names, content
