@@ -1,11 +1,10 @@
-"""A run whose newest checkpoint is damaged goes on from the one before, on all ranks, and says so; it never starts anew.
+"""A run whose newest checkpoint is damaged says so and goes on from the one before, on all ranks; never from scratch.
 
 Each case is a copy of one run of two tensor-parallel ranks, cut off after its third checkpoint and damaged.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from typing import Any, NamedTuple
 import pytest
 
 from megacore.checkpoint.diff import tensor_differences
-from megacore.checkpoint.manifest import WEIGHT
 from megacore.checkpoint.reader import CheckpointReader
 from megacore.communicator import Alone, TorchRanks
 from megacore.config import ParallelConfig, RunConfig
@@ -195,11 +193,7 @@ def test_another_data_order_is_no_damage(outcome: Outcome) -> None:
 
 
 def test_the_link_latest_can_be_started_from_and_its_target_is_named(outcome: Outcome) -> None:
-    assert (
-        f"starting from {outcome.folder}/whole/checkpoints/step-{LAST:08d} (step {LAST},"
-        in outcome.said[0]["from latest"]
-    )
+    source = checkpoint_path(outcome.folder / "whole", LAST)
+    assert f"starting from {source} (step {LAST}," in outcome.said[0]["from latest"]
     end = CheckpointReader(checkpoint_path(outcome.folder / "from latest", LAST + 2))
     assert end.manifest.progress.stage_first_step == LAST
-    assert json.loads((end.path / "manifest.json").read_text())["progress"]["step"] == LAST + 2
-    assert end.read("lm_head.bias", WEIGHT).shape == (101,)
