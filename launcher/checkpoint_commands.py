@@ -94,7 +94,10 @@ def verify(
     tolerance: float = typer.Option(1e-5, min=0, help="Largest relative difference of logits that passes."),
     json_file: Path = typer.Option(None, "--json", help="Write the figures of the comparison here."),
 ) -> None:
-    """Check that a checkpoint is complete, unaltered and finite; with --against, that it computes the same."""
+    """Check that a checkpoint is complete, unaltered and finite; with --against, that it computes the same.
+
+    Exit code 0: all is well; 1: the two compute different things; 2: a checkpoint is damaged, or cannot be compared.
+    """
     import torch
 
     from megacore.checkpoint.reader import CheckpointReader
@@ -102,6 +105,9 @@ def verify(
     from megacore.training.runs import followed
 
     one_of("--dtype", dtype, ("float32", "float64"))
+    for option, value in (("--data", data), ("--json", json_file)):
+        if value is not None and against is None:
+            raise ConfigError(f"{option} {value}: is about a comparison; add --against CHECKPOINT, or leave it out")
     checkpoint = followed(checkpoint, Alone())
     reader = CheckpointReader(checkpoint)
     size = sum(file.size for file in reader.manifest.files.values())
@@ -130,7 +136,10 @@ def diff(
     first: Path = _SOURCE,
     second: Path = typer.Argument(..., help="The other one.", show_default=False),
 ) -> None:
-    """Show what differs between two checkpoints of any layouts; exit code 1 if anything does."""
+    """Show what differs between two checkpoints of any layouts.
+
+    Exit code 0: nothing; 1: something; 2: a checkpoint is damaged.
+    """
     from megacore.checkpoint.diff import configuration_differences, tensor_differences
     from megacore.checkpoint.reader import CheckpointReader
     from megacore.training.runs import followed
