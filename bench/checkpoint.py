@@ -202,7 +202,7 @@ def opening(folder: Path) -> float:
         f"rank{number:05d}.safetensors": FileRecord(
             size=1 << 30,
             header=f"{number:032x}",
-            states=(WEIGHT, *MOMENTS),
+            states={"weight": "float32", "exp_avg": "float32", "exp_avg_sq": "float32"},
             holds=((bounds[number], max(bounds[number] + 1, bounds[number + 1])),),
         )
         for number in range(FILES)

@@ -45,9 +45,11 @@ def convert(
     from megacore.convert.universal import export_universal
     from megacore.model_config import ModelConfig
     from megacore.settings import parse_overrides, read_yaml, validated
+    from megacore.training.runs import followed
 
     group = mpi_or_alone()
     began = time.perf_counter()
+    source = followed(source, group)
     with together(group):
         one_of("--from", source_format, _SOURCES)
         one_of("--to", target_format, _TARGETS)
@@ -104,7 +106,7 @@ _MARKS = {
 
 def _detected(path: Path) -> str:
     for pattern, kind in _MARKS.items():
-        if any(path.glob(pattern)):
+        if any(file.is_file() for file in path.glob(pattern)):  # a run's "latest" is a link to a directory
             return kind
     raise ConfigError(
         f"{path}: neither a checkpoint (manifest.json), nor a Hugging Face directory (config.json), nor DeepSpeed's "

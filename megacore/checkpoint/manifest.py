@@ -51,7 +51,8 @@ class FileRecord(Record):
     """In bytes."""
     header: str
     """XXH3-128 of the file's header, its length included; the header has the checksums of the tensors."""
-    states: tuple[Literal["weight", "exp_avg", "exp_avg_sq"], ...]
+    states: dict[Literal["weight", "exp_avg", "exp_avg_sq"], Literal["float32", "float64", "bfloat16"]]
+    """What it has pieces of, and the type in which they are stored."""
     holds: tuple[tuple[NonNegativeInt, PositiveInt], ...]
     """Runs [start, stop) of the manifest's parameters, by their number, that the file has pieces of."""
 

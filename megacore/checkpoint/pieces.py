@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megacore.checkpoint.manifest import STATES, FileRecord
+from megacore.checkpoint.manifest import FileRecord
 from megacore.checkpoint.stream import Entry, checksum_of
 from megacore.checkpoint.tensor_file import TensorFile
 from megacore.errors import CheckpointError
@@ -95,9 +95,9 @@ class PieceFile:
             raise CheckpointError(f"{path}: its header is damaged, or it is another file (its checksum does not match)")
         self._checksums: dict[str, str] = {}
         self._unchecked = set(self._file.tensors)
-        self.pieces = {key: self._piece(key, shapes) for key in self._file.tensors}
+        self.pieces = {key: self._piece(key, record.states, shapes) for key in self._file.tensors}
 
-    def _piece(self, key: str, shapes: Mapping[str, tuple[int, ...]]) -> Piece:
+    def _piece(self, key: str, states: Mapping[Any, str], shapes: Mapping[str, tuple[int, ...]]) -> Piece:
         parameter, _, state = key.rpartition("/")
         stored = self._file.tensors[key]
         try:
@@ -108,7 +108,9 @@ class PieceFile:
         except (KeyError, TypeError, ValueError, IndexError):
             raise CheckpointError(f"{self.path}: its header does not say what {key} is") from None
         piece = Piece(parameter, state, region, run, stored.dtype)
-        if state not in STATES or parameter not in shapes or not _inside(region, run, shapes[parameter]):
+        if stored.dtype != states.get(state):
+            raise CheckpointError(f"{self.path}: {key} is stored as {stored.dtype}, other than the manifest says")
+        if parameter not in shapes or not _inside(region, run, shapes[parameter]):
             raise CheckpointError(f"{self.path}: the piece {key} does not fit into {parameter}")
         if piece.entry.shape != stored.shape:
             raise CheckpointError(f"{self.path}: {key} has the shape {stored.shape} instead of {piece.entry.shape}")

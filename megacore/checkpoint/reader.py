@@ -67,10 +67,11 @@ class CheckpointReader:
 
     def dtype(self, parameter: str, state: str) -> str:
         """Return the dtype in which a state of a parameter is stored."""
-        items = self._items(parameter, state)
-        if not items:
-            raise CheckpointError(f"{self.path}: {parameter} has no {state}")
-        return items[0][1].dtype
+        records = (self.manifest.files[file].states for file in self._files_of(parameter))
+        dtypes = {dtype for states in records for key, dtype in states.items() if key == state}
+        if len(dtypes) != 1:
+            raise CheckpointError(f"{self.path}: {parameter} has {'several types of' if dtypes else 'no'} {state}")
+        return dtypes.pop()
 
     def read(self, parameter: str, state: str, region: Region | None = None) -> NDArray[np.floating]:
         """Return a box of a global tensor (all of it by default), as a new array; bfloat16 becomes float32."""
@@ -81,27 +82,28 @@ class CheckpointReader:
 
     def read_stored(self, parameter: str, state: str, region: Region | None = None) -> NDArray[Any]:
         """Return a box of a global tensor in the type in which it is stored; it must not be changed."""
-        dtype = NUMPY[self.dtype(parameter, state)]
+        found = self._boxes(parameter, state)
         region = region or tuple((0, size) for size in self.shape(parameter))
-        boxes = {box: partial(self._read_box, box, items) for box, items in self._boxes(parameter, state).items()}
-        result, filled = assembled(region, boxes, dtype)
+        if not found:
+            raise CheckpointError(f"{self.path}: {parameter} has no {state}")
+        dtype = next(iter(found.values()))[0][1].dtype
+        boxes = {box: partial(self._read_box, box, items) for box, items in found.items()}
+        result, filled = assembled(region, boxes, NUMPY[dtype])
         if filled != result.size:
             raise CheckpointError(f"{self.path}: {filled} of {result.size} entries of {parameter}/{state} are stored")
         return result
 
     def _find_items(self, parameter: str, state: str) -> list[Item]:
+        key = f"{parameter}/{state}"
+        found = ((file, self._file(file).pieces.get(key)) for file in self._files_of(parameter))
+        return [(file, piece) for file, piece in found if piece is not None]
+
+    def _files_of(self, parameter: str) -> list[str]:
         number = self._numbers.get(parameter)
         if number is None:
             raise CheckpointError(f"{self.path / MANIFEST}: the parameter {parameter} is missing")
-        key = f"{parameter}/{state}"
-        items = []
-        for holder in self._holders[(self._starts <= number) & (number < self._stops)].tolist():
-            piece = self._file(self._names[holder]).pieces.get(key)
-            if piece is not None:
-                items.append((self._names[holder], piece))
-        if len({piece.dtype for _, piece in items}) > 1:
-            raise CheckpointError(f"{self.path}: pieces of {key} are stored in different types")
-        return items
+        holders = self._holders[(self._starts <= number) & (number < self._stops)]
+        return [self._names[holder] for holder in holders]
 
     def _file(self, name: str) -> PieceFile:
         file = self._open.pop(name, None)

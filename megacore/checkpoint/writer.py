@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
-from megacore.checkpoint.manifest import MANIFEST, STATES, FileRecord, Manifest
+from megacore.checkpoint.manifest import MANIFEST, FileRecord, Manifest
 from megacore.checkpoint.pieces import Piece, described
 from megacore.checkpoint.stream import SafetensorsStream
 from megacore.communicator import Communicator, together
@@ -72,16 +72,10 @@ def _write_file(path: Path, pieces: Sequence[PieceToWrite], numbers: dict[str, i
     with SafetensorsStream(path, entries, partial(described, described_pieces)) as stream:
         for piece, blocks in pieces:
             stream.write(piece.key, blocks())
-    stored = {piece.state for piece in described_pieces}
+    states = {piece.state: piece.dtype for piece in described_pieces}
+    assert all(states[piece.state] == piece.dtype for piece in described_pieces), "one type for each state of a file"
     holds = _runs({numbers[piece.parameter] for piece in described_pieces})
-    return FileRecord.model_validate(
-        {
-            "size": stream.size,
-            "header": stream.header,
-            "states": [state for state in STATES if state in stored],
-            "holds": holds,
-        }
-    )
+    return FileRecord.model_validate({"size": stream.size, "header": stream.header, "states": states, "holds": holds})
 
 
 def _runs(numbers: Iterable[int]) -> list[tuple[int, int]]:

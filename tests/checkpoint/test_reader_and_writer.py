@@ -28,7 +28,7 @@ from tests.models import model_config
 
 CONFIG = model_config()
 SPECS = declarations(CONFIG)
-EMPTY: dict[str, Any] = {"size": 1, "header": "", "states": [], "holds": []}
+EMPTY: dict[str, Any] = {"size": 1, "header": "", "states": {}, "holds": []}
 
 
 def values(name: str) -> np.ndarray[Any, Any]:

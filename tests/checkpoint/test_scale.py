@@ -41,7 +41,7 @@ def test_only_the_files_that_hold_a_parameter_are_touched(tmp_path: Path) -> Non
     bounds = [number * len(specs) // (FILES - 1) for number in range(FILES)]
     others = {
         f"rank{number:05d}.safetensors": FileRecord(
-            size=1 << 30, header="0" * 32, states=("weight",), holds=((start, stop),)
+            size=1 << 30, header="0" * 32, states={"weight": "float32"}, holds=((start, stop),)
         )
         for number, (start, stop) in enumerate(pairwise(bounds))
         if not start <= own < stop
