@@ -94,7 +94,7 @@ def _wrapped(title: str, words: Sequence[str]) -> Iterator[str]:
     line = ""
     for word in words:
         if line and len(line) + len(word) > _WIDTH - 14:
-            yield f"{title:<12}{line}"
+            yield f"{title:<12}{line}".rstrip()
             title, line = "", ""
         line += f"{word} "
     yield f"{title:<12}{line}".rstrip()

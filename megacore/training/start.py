@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,10 @@ class Start:
     def __init__(self, config: RunConfig, training_data: dict[str, Any], group: Communicator) -> None:
         self._config, self._training_data, self._group = config, training_data, group
         self._run = config.training.output_dir
-        self._left = checkpoints(self._run)
+        found = checkpoints(self._run)
+        agree(group, {"newest checkpoint": found[-1].name if found else None})
+        self._left: list[Path] = group.all_gather(found)[0]  # what was removed may still be listed on another node
         self._damaged: dict[Path, str] = {}
-        agree(group, {"checkpoints": [path.name for path in self._left]})
         self.resumed = bool(self._left)
         self.reader: CheckpointReader | None = None
         given = config.training.initial_checkpoint
@@ -144,7 +145,7 @@ class Start:
                     )
 
 
-def agree(group: Communicator, seen: Mapping[str, str | Sequence[str] | None]) -> None:
+def agree(group: Communicator, seen: Mapping[str, str | None]) -> None:
     """Refuse ranks that see different files: on a directory of each node's own, or a stale one.
 
     Args:

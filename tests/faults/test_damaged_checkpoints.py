@@ -179,6 +179,17 @@ def test_after_damage_a_run_comes_to_the_same_end(outcome: Outcome, name: str) -
     assert (outcome.folder / name / "checkpoints" / "latest").readlink() == Path(f"step-{LAST:08d}")
 
 
+def test_a_second_load_replaces_all_that_the_first_has_set_under_zero3(tmp_path: Path) -> None:
+    data = write_instances(tmp_path / "data")
+    zero3 = str(Path(__file__).parents[2] / "ds_configs" / "zero3.json")
+    common: dict[str, Any] = {"train_steps": LAST, "save_interval": 2, "eval_interval": 0, "keep_last": 9}
+    whole, case = (run_config(tmp_path / n, data, **common, deepspeed_config=zero3) for n in ("whole", "altered"))
+    said = run_ranks(train_cases, 2, whole, {"altered": case}, {})
+    assert "passing over step-00000006" in said[0]["altered"]
+    ends = [CheckpointReader(checkpoint_path(tmp_path / name, LAST)) for name in ("whole", "altered")]
+    assert not list(tensor_differences(*ends))
+
+
 @pytest.mark.parametrize("name", LOST)
 def test_a_run_without_a_usable_checkpoint_stops_and_names_them_all(outcome: Outcome, name: str) -> None:
     for said in outcome.said:

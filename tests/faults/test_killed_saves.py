@@ -36,7 +36,7 @@ from tests.faults.test_jobs_end_cleanly import ENVIRONMENT, call, config_file
 from tests.models import model_config, write_instances
 
 KILLS = 30
-STEPS = 40
+STEPS = 30
 CONFIG = model_config(vocab_size=1009, hidden_size=64, intermediate_size=256)
 SPECS = declarations(CONFIG)
 
@@ -139,7 +139,7 @@ def test_a_run_killed_three_times_comes_to_the_same_end(tmp_path: Path) -> None:
         before = {path.name for path in checkpoints(run)}
         job = subprocess.Popen(deepspeed_command(2, "train", killed), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
         wait_for(lambda before=before: {path.name for path in checkpoints(run)} - before)  # type: ignore[misc]
-        time.sleep(rng.uniform(0, 0.3))
+        time.sleep(rng.uniform(0, 0.2))
         kill_tree(job)
         assert before != {path.name for path in checkpoints(run)}
         for path in checkpoints(run):

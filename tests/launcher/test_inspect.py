@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import transformers as hf
+from typer.testing import CliRunner
 
+from launcher.cli import app
 from launcher.inspect_command import _alike
 from launcher.start import megacore_command
 from megacore.communicator import Alone
@@ -41,11 +43,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def megacore(*words: str | Path) -> str:
+    result = CliRunner().invoke(app, list(map(str, words)), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
 def inspect(*words: str | Path) -> str:
-    result = subprocess.run(megacore_command("inspect", *words), capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert max(len(line) for line in result.stdout.splitlines()) <= 100 or "--json" in words
-    return result.stdout
+    shown = megacore("inspect", *words)
+    assert max(len(line) for line in shown.splitlines()) <= 100 or "--json" in words
+    return shown
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -98,8 +105,7 @@ def test_each_stack_and_each_kind_of_layer_is_a_branch(folder: Path) -> None:
 
 
 def test_the_lineage_is_told_from_source_to_size(folder: Path, tmp_path: Path) -> None:
-    command = megacore_command("grow", folder / "bert", tmp_path / "grown", "intermediate_size=80")
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    megacore("grow", folder / "bert", tmp_path / "grown", "intermediate_size=80")
     shown = inspect(tmp_path / "grown").splitlines()
     start = shown.index("lineage")
     assert "import hf-bert from" in shown[start + 1]
@@ -110,12 +116,10 @@ def test_a_link_is_named_by_its_target(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "bert", tmp_path / "step-00000007")
     (tmp_path / "latest").symlink_to("step-00000007")
     assert inspect(tmp_path / "latest").splitlines()[0] == str(tmp_path / "step-00000007")
-    grow = megacore_command("grow", tmp_path / "latest", tmp_path / "grown", "intermediate_size=80")
-    assert subprocess.run(grow, capture_output=True).returncode == 0
+    megacore("grow", tmp_path / "latest", tmp_path / "grown", "intermediate_size=80")
     lineage = json.loads(inspect(tmp_path / "grown", "--json"))["lineage"]
     assert lineage[-1]["source"]["name"] == "step-00000007"
-    convert = megacore_command("convert", tmp_path / "latest", tmp_path / "cut", "tensor_parallel_size=4")
-    assert subprocess.run(convert, capture_output=True).returncode == 0
+    megacore("convert", tmp_path / "latest", tmp_path / "cut", "tensor_parallel_size=4")
     assert json.loads(inspect(tmp_path / "cut", "--json"))["layout"]["tensor_parallel_size"] == 4
 
 
