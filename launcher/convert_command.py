@@ -1,4 +1,4 @@
-"""``megacore convert``: checkpoints to other layouts, and from and to Hugging Face and DeepSpeed."""
+"""``megacore convert``: checkpoints to other layouts, and from and to Hugging Face, DeepSpeed and Megatron-LM."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from megacore.errors import ConfigError
 if TYPE_CHECKING:
     from megacore.convert.imports import Import, Source
 
-_SOURCES, _TARGETS = ("auto", "megacore", "hf", "deepspeed"), ("megacore", "hf", "deepspeed-universal")
+_SOURCES = ("auto", "megacore", "hf", "deepspeed", "megatron")
+_TARGETS = ("megacore", "hf", "deepspeed-universal", "megatron")
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -26,8 +27,10 @@ def convert(
     layout: list[str] = typer.Argument(
         None, metavar="[KEY=VALUE]...", help="Layout of the files: tensor_parallel_size=T pipeline_parallel_size=P."
     ),
-    source_format: str = typer.Option("auto", "--from", help="auto, megacore, hf (Hugging Face) or deepspeed."),
-    target_format: str = typer.Option("megacore", "--to", help="megacore, hf or deepspeed-universal."),
+    source_format: str = typer.Option(
+        "auto", "--from", help="auto, megacore, hf (Hugging Face), deepspeed or megatron."
+    ),
+    target_format: str = typer.Option("megacore", "--to", help="megacore, hf, deepspeed-universal or megatron."),
     dtype: str = typer.Option(None, help="fp32 or bf16; checkpoints keep the source's by default."),
     config: Path = typer.Option(None, help="The run's CONFIG.yaml, where a source does not say what model it is of."),
     weights_only: bool = typer.Option(False, "--weights-only", help="Leave the optimizer's state out."),
@@ -40,7 +43,9 @@ def convert(
     from megacore.config import ParallelConfig
     from megacore.convert.deepspeed import DeepSpeedSource
     from megacore.convert.huggingface import HuggingFaceSource, export_huggingface
-    from megacore.convert.imports import import_checkpoint
+    from megacore.convert.imports import Import, import_checkpoint
+    from megacore.convert.megatron import MegatronSource
+    from megacore.convert.megatron_export import export_megatron
     from megacore.convert.reshard import reshard
     from megacore.convert.universal import export_universal
     from megacore.model_config import ModelConfig
@@ -62,7 +67,7 @@ def convert(
             raise ConfigError("--to deepspeed-universal holds fp32 and optimizer: leave out --dtype, --weights-only")
         if dtype == "bf16" and known == target_format == "megacore" and not weights_only:
             raise ConfigError("--dtype bf16 would round the optimizer's state: add --weights-only")
-        if config is not None and known != "deepspeed":
+        if config is not None and known not in ("deepspeed", "megatron"):
             raise ConfigError(
                 f"--config {config}: a source of the format {known} says what model it is of; leave it out"
             )
@@ -74,18 +79,25 @@ def convert(
         stored = None if dtype is None else _DTYPES[dtype]
 
     def opened() -> Source:
-        return HuggingFaceSource(source) if known == "hf" else DeepSpeedSource(source, model)
+        if known == "hf":
+            return HuggingFaceSource(source)
+        return MegatronSource(source, model) if known == "megatron" else DeepSpeedSource(source, model)
 
     def started(facts: Import) -> None:
         for what, names in (("new, from initial values", facts.new), ("left out", facts.left_out)):
             if names and group.rank == 0:
                 typer.echo(f"{what}: {', '.join(names)}")
 
+    if reader is not None and target_format == "megatron" and len(reader.manifest.states) > 1 and not weights_only:
+        started(Import(0, (), ("the optimizer's state (Megatron-LM starts anew: --finetune or --no-load-optim)",)))
+
     with byte_bar("converting (rank 0)", None, enabled=group.rank == 0) as advance:
         if reader is None:
             import_checkpoint(opened, target, parallel, group, stored, weights_only, started, advance)
         elif target_format == "hf":
             export_huggingface(reader, target, stored or "float32", group, advance)
+        elif target_format == "megatron":
+            export_megatron(reader, target, parallel, stored or "float32", group, advance)
         elif target_format == "deepspeed-universal":
             export_universal(reader, target, parallel, group, advance)
         else:
@@ -100,6 +112,8 @@ _MARKS = {
     "latest_universal": "deepspeed",
     "latest": "deepspeed",
     "*_model_states.pt": "deepspeed",
+    "latest_checkpointed_iteration.txt": "megatron",
+    "mp_rank_*/model_*rng.pt": "megatron",
 }
 """Files by which a format is known."""
 
@@ -110,5 +124,5 @@ def _detected(path: Path) -> str:
             return kind
     raise ConfigError(
         f"{path}: neither a checkpoint (manifest.json), nor a Hugging Face directory (config.json), nor DeepSpeed's "
-        "(latest, *_model_states.pt)"
+        "(latest, *_model_states.pt) or Megatron-LM's (latest_checkpointed_iteration.txt, mp_rank_*)"
     )

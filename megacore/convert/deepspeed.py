@@ -1,50 +1,42 @@
-"""DeepSpeed's checkpoints of megacore's modules, native (ZeRO 1 to 3, any TP and PP) and universal, as parameters.
-
-Native files hold flat fp32 partitions. ZeRO 1 and 2 name where each parameter's fragment lies in a replica's partition
-(``param_slice_mappings``); ZeRO 3 lays equal parts of every parameter end to end, in the order of ``param_shapes``.
-Universal ones have a folder for each parameter, with the whole tensor of each state.
-"""
+"""DeepSpeed's checkpoints of megacore's and of Megatron-DeepSpeed's models, native and universal, as parameters."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from megacore.checkpoint.assemble import Rows, Run, assembled, follow_each_other, read_runs
-from megacore.checkpoint.manifest import MOMENTS, STATES, WEIGHT, Manifest, carried_manifest
+from megacore.checkpoint.assemble import assembled
+from megacore.checkpoint.manifest import Manifest, carried_manifest
+from megacore.convert.deepspeed_files import DeepSpeedFiles, Part, open_deepspeed
 from megacore.convert.imports import fresh_manifest
-from megacore.convert.module_names import module_names
-from megacore.convert.torch_files import load_torch_file
+from megacore.convert.links import Box2D, Link, read_linked
+from megacore.convert.megatron_deepspeed import is_megatron, megatron_deepspeed_links, megatron_deepspeed_model
+from megacore.convert.module_names import module_links
+from megacore.convert.stored_tensor import StoredTensor, number_in
 from megacore.errors import CheckpointError, ConfigError
 from megacore.model_config import ModelConfig
-from megacore.params import PLACEHOLDER
-from megacore.specs import ParamSpec, Region, Shard, region_shape
+from megacore.specs import Region, Shard, region_shape
 
 CARRIED = "megacore"
 """Key of the client state under which an exported checkpoint carries its manifest."""
-FILE_OF = {WEIGHT: "fp32", **{moment: moment for moment in MOMENTS}}
-"""State -> the name of its file in a universal checkpoint."""
-_OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-_FP32 = np.dtype(np.float32)
-_Fragment = dict[str, torch.Tensor]
-"""A replica's flat part of a parameter, by state."""
+_HINT = "is --config the run's that was saved?"
 
 
 class DeepSpeedSource:
-    """A directory that DeepSpeed's ``save_checkpoint`` wrote for a megacore model, or a universal one.
+    """A directory that DeepSpeed's ``save_checkpoint`` wrote, or a universal checkpoint.
 
     Args:
         path: the directory with ``latest`` (or ``latest_universal``), or one tag's directory in it.
-        model: the model that was saved; ``None`` if the checkpoint carries it.
+        model: the model that was saved; ``None`` if the checkpoint says it.
 
     Raises:
         CheckpointError: a file or a part of a parameter is missing or damaged.
@@ -53,215 +45,147 @@ class DeepSpeedSource:
 
     format = "deepspeed"
     new: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
 
     def __init__(self, path: Path, model: ModelConfig | None = None) -> None:
         self.path = path
-        self._folder = tag_folder(path)
-        facts = self._facts()
-        self.manifest = self._manifest(facts, model)
+        self._files: DeepSpeedFiles = open_deepspeed(path)
+        self.states = self._files.states
+        self._is_megatron = is_megatron(self._files.parts)
+        inexact: tuple[str, ...] = ()
+        if self._is_megatron:
+            names = self._files.parts.keys()
+            model, inexact = megatron_deepspeed_model(self._files.facts, names, str(self._files.folder), model)
+        self.manifest = self._manifest(model)
+        self.specs = self.manifest.specs()
         if self.manifest.model.num_experts:
             raise ConfigError(f"{path}: mixtures of experts are not read from DeepSpeed's checkpoints")
-        self.specs = self.manifest.specs()
-        self._boxes: dict[tuple[str, str], dict[Region, list[Run]]] = defaultdict(dict)
-        is_universal = (self._folder / "zero").is_dir()
-        step = self._find_universal() if is_universal else self._find_native()
-        self.states = tuple(state for state in STATES if any(key[1] == state for key in self._boxes))
-        self._check_complete()
-        progress = {"step": self._number(facts.get("global_steps", 0), "global_steps"), "optimizer_step": step}
-        self.manifest = self.manifest.model_copy(
-            update={"progress": self.manifest.progress.model_copy(update=progress)}
-        )
+        self._links: dict[str, list[Link]] = defaultdict(list)
+        self._tensors: dict[str, dict[str, dict[Region, StoredTensor]]] = {}
+        padding = {}
+        for link in self._all_links():
+            self._links[link.ours].append(link)
+            if link.theirs not in self._tensors:
+                self._tensors[link.theirs], rows = self._placed(link)
+                if rows:
+                    padding[link.theirs] = rows
+        self.left_out = (*(f"{rows} rows of padding of {name}" for name, rows in padding.items()), *inexact)
 
-    def _facts(self) -> dict[str, Any]:
-        files = sorted(self._folder.glob("*mp_rank_*_model_states.pt"))
-        if not files:
-            raise CheckpointError(f"{self._folder} has no *_model_states.pt: it is not a checkpoint of DeepSpeed's")
-        facts = load_torch_file(files[0])
-        if not isinstance(facts, dict):
-            raise CheckpointError(f"{files[0]}: not what DeepSpeed's engine writes")
-        return facts
-
-    def _number(self, value: Any, what: str) -> int:
-        try:
-            return int(value)
-        except (TypeError, ValueError):
-            raise CheckpointError(f"{self._folder}: {what} is {value!r} instead of a number") from None
-
-    def _manifest(self, facts: dict[str, Any], model: ModelConfig | None) -> Manifest:
+    def _manifest(self, model: ModelConfig | None) -> Manifest:
+        facts = self._files.facts
         if CARRIED in facts:
-            carried = carried_manifest(facts[CARRIED], str(self._folder))
-            if model is not None and model != carried.model:
+            manifest = carried_manifest(facts[CARRIED], str(self._files.folder))
+            if model is not None and model != manifest.model:
                 raise ConfigError(f"{self.path} says what model it is of, and --config says another: leave it out")
-            return carried
-        if model is None:
+        elif model is None:
             raise ConfigError(f"{self.path} does not say what model it is of: add --config CONFIG.yaml, the run's")
-        return fresh_manifest(model)
+        else:
+            manifest = fresh_manifest(model)
+        step = number_in(facts.get("global_steps", 0), f"{self._files.folder}: global_steps")
+        progress = manifest.progress.model_copy(update={"step": step, "optimizer_step": self._files.step})
+        return manifest.model_copy(update={"progress": progress})
 
-    def _find_native(self) -> int:
-        """List each parameter's runs; return Adam's step."""
-        fragments: dict[str, dict[int, list[_Fragment]]] = defaultdict(lambda: defaultdict(list))
-        shapes: dict[tuple[str, int], tuple[int, ...]] = {}
-        step = 0
-        for place, replica, file in self._optimizer_files():
-            try:
-                state = load_torch_file(file)["optimizer_state_dict"]
-                is_zero3 = "fp32_flat_groups" in state
-                prefix = "zero_pp_rank_0_" if is_zero3 else ""
-                about = load_torch_file(self._folder / f"{prefix}mp_rank_{place:02d}_model_states.pt")
-                groups = about["param_shapes"]
-                shapes.update({(name, place): tuple(shape) for group in groups for name, shape in group.items()})
-                for name, fragment in _zero3(state, groups, replica) if is_zero3 else _zero12(state):
-                    fragments[name][place].append(fragment)
-                moments = state["optimizer_state_dict" if is_zero3 else "base_optimizer_state"]["state"]
-                step = max([step, *(int(group.get("step", 0)) for group in moments.values())])
-            except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-                raise CheckpointError(f"{file}: not what DeepSpeed's ZeRO optimizers write: {error!r}") from None
-        names = self._names(fragments)
-        # A tied parameter is on several stages; any other one is on each tensor-parallel rank of its own.
-        tensor_parts = min(len(fragments[theirs]) for theirs in names)
-        for theirs, ours in names.items():
-            spec = self.specs[ours]
-            places = sorted(fragments[theirs])  # of a tied parameter's copies, the first stage's
-            for rank, place in enumerate(places[: tensor_parts if spec.sharded_dim is not None else 1]):
-                box, shape = spec.local_region(Shard(rank, tensor_parts)), shapes.get((theirs, place))
-                if shape != region_shape(box):
-                    raise CheckpointError(
-                        f"{self._folder}: {theirs} has the shape {shape}; the model makes it {region_shape(box)}; "
-                        "is --config the run's that was saved?"
-                    )
-                self._add(ours, box, fragments[theirs][place])
-        return step
+    def _all_links(self) -> list[Link]:
+        """Return the links of all parameters, having checked that they are to what there is."""
+        found, model, ranks = self._files.parts.keys(), self.manifest.model, self._files.tensor_parallel_size
+        if self._is_megatron:
+            links = list(megatron_deepspeed_links(model, found, self._files.facts, ranks, str(self.path)))
+            unknown = self.specs.keys() ^ {link.ours for link in links}
+            if unknown:
+                raise ConfigError(f"{self.path}: Megatron-DeepSpeed's models have no {min(unknown)}; {_HINT}")
+        else:
+            pipeline = not any(name.startswith("steps.") for name in found)
+            links = list(module_links(model, pipeline, ranks))
+        expected = {link.theirs for link in links}
+        for name in sorted(found ^ expected):
+            what = "is missing" if name in expected else "does not belong to the model"
+            raise CheckpointError(f"{self._files.folder}: {name} {what}; {_HINT}")
+        return links
 
-    def _optimizer_files(self) -> Iterator[tuple[int, int, Path]]:
-        """Yield (model-parallel place, replica, file), in order."""
-        found = {}
-        for file in self._folder.iterdir():
-            match = _OPTIMIZER_FILE.fullmatch(file.name)
-            if match:
-                found[int(match[2]), int(match[1])] = file
-        if not found:
+    def _placed(self, link: Link) -> tuple[dict[str, dict[Region, StoredTensor]], int]:
+        """Return where the pieces of a tensor lie in the whole of it, by state, and how many rows are padding."""
+        spec, parts = self.specs[link.ours], self._files.parts[link.theirs]
+        whole, cut = list(link.their_shape(spec)), link.cut_dim(spec)
+        if cut is None:
+            parts = parts[:1]
+        placed: dict[str, dict[Region, StoredTensor]] = {state: {} for state in self.states}
+        start = 0
+        for rank, part in enumerate(parts):
+            shape = self._part_shape(link, part, rank, len(parts))
+            origin = [0] * len(shape)
+            if cut is not None:
+                origin[cut] = start
+                start += shape[cut]
+            for state, runs in part.runs.items():
+                placed[state] |= _boxes(shape, tuple(origin), runs)
+        return placed, 0 if cut is None else start - whole[cut]
+
+    def _part_shape(self, link: Link, part: Part, rank: int, ranks: int) -> tuple[int, ...]:
+        """Return the shape of a rank's part, as far as the foreign tensor's dims go, having checked it."""
+        spec, cut = self.specs[link.ours], link.cut_dim(self.specs[link.ours])
+        shape = list(link.their_shape(spec))
+        if self._is_megatron:
+            if cut is not None:
+                shape[cut] = self._megatron_rows(link, part, shape[cut], ranks)
+            expected = tuple(shape)
+        else:
+            expected = region_shape(spec.local_region(Shard(rank, ranks)))
+            if cut is not None:
+                shape[cut] = shape[cut] * math.prod(expected) // math.prod(spec.shape)
+        if part.shape not in (expected, (math.prod(expected),)):
             raise CheckpointError(
-                f"{self._folder} has no *_optim_states.pt: without ZeRO (stage 1 to 3) DeepSpeed keeps no fp32 weights"
+                f"{part.path}: {link.theirs} has the shape {part.shape}; the model makes it {expected}; {_HINT}"
             )
-        replicas = 1 + max(replica for _, replica in found)
-        for place in range(1 + max(place for place, _ in found)):
-            for replica in range(replicas):
-                if (place, replica) not in found:
-                    missing = f"zero_pp_rank_{replica}_mp_rank_{place:02d}_optim_states.pt"
-                    raise CheckpointError(f"{self._folder / missing} is missing")
-                yield place, replica, found[place, replica]
+        return tuple(shape)
 
-    def _names(self, fragments: dict[str, Any]) -> dict[str, str]:
-        found = {name for name in fragments if not name.split(".")[-1].startswith(PLACEHOLDER)}
-        names = module_names(self.manifest.model, pipeline=not any(name.startswith("steps.") for name in found))
-        for name in sorted(found ^ names.keys()):
-            what = "is missing" if name in names else "does not belong to the model"
-            raise CheckpointError(f"{self._folder}: {name} {what}; is --config the run's that was saved?")
-        return names
-
-    def _add(self, name: str, box: Region, fragments: list[_Fragment]) -> None:
-        for state in fragments[0]:
-            runs: list[Run] = []
-            start = 0
-            for fragment in fragments:
-                stop = start + fragment[state].numel()
-                if start < stop:
-                    runs.append(((start, stop), partial(_rows, fragment[state])))
-                start = stop
-            self._boxes[name, state][box] = runs
-
-    def _find_universal(self) -> int:
-        """List the files of each parameter; return Adam's step."""
-        folder, load = self._folder / "zero", lru_cache(maxsize=4)(_whole)
-        names = module_names(self.manifest.model, pipeline=not any(folder.glob("steps.*")))
-        step = 0
-        for theirs, ours in names.items():
-            spec = self.specs[ours]
-            box = tuple((0, dim.size) for dim in spec.dims)
-            states = STATES if (folder / theirs / "exp_avg.pt").exists() else (WEIGHT,)
-            for state in states:
-                file = folder / theirs / f"{FILE_OF[state]}.pt"
-                if not file.is_file():
-                    raise CheckpointError(f"{file} is missing")
-                self._boxes[ours, state][box] = [((0, math.prod(spec.shape)), _rows_of_file(load, file, spec))]
-        first = folder / next(iter(names)) / "step.pt"
-        if first.exists():
-            step = self._number(load_torch_file(first), "step.pt")
-        return step
-
-    def _check_complete(self) -> None:
-        for name, spec in self.specs.items():
-            for state in self.states:
-                boxes = self._boxes.get((name, state), {})
-                filled = sum(math.prod(region_shape(box)) for box in boxes)
-                whole = all(follow_each_other(runs, math.prod(region_shape(box))) for box, runs in boxes.items())
-                if not whole or filled != math.prod(spec.shape):
-                    raise CheckpointError(f"{self._folder}: parts of {name} ({state}) are missing")
+    def _megatron_rows(self, link: Link, part: Part, size: int, ranks: int) -> int:
+        """Return a rank's share of a dim: equal ones, for which Megatron pads its vocabulary."""
+        spec = self.specs[link.ours]
+        if "vocab" not in {dim.axis for dim in spec.dims}:
+            return size // ranks
+        rows = part.size * size // math.prod(link.their_shape(spec))
+        return max(rows, -(-size // ranks))
 
     def box(self, name: str, state: str, region: Region) -> NDArray[np.floating]:
         """Return a box of a parameter's state."""
-        readers: dict[Region, Callable[[Region], NDArray[np.floating]]] = {
-            box: partial(read_runs, region_shape(box), runs, _FP32) for box, runs in self._boxes[name, state].items()
-        }
-        return assembled(region, readers, _FP32)[0]
+
+        def read(theirs: str, box: Box2D) -> NDArray[Any]:
+            tensors = self._tensors[theirs][state]
+            readers = {place: partial(_read, tensor) for place, tensor in tensors.items()}
+            return assembled(tuple((edges.start, edges.stop) for edges in box), readers, np.dtype(np.float32))[0]
+
+        return read_linked(self._links[name], self.specs[name], region, read)
 
     def attach(self, directory: Path) -> None:
         """Add nothing."""
 
 
-def tag_folder(path: Path) -> Path:
-    """Return the directory with the files: ``path``, or the one in it that ``latest`` names."""
-    for name in ("latest_universal", "latest"):
-        if (path / name).is_file():
-            tag = (path / name).read_text(encoding="utf-8", errors="replace").strip()
-            if Path(tag).name != tag or not (path / tag).is_dir():
-                raise CheckpointError(f"{path / name} names {tag!r}, which is not there")
-            return path / tag
-    return path
+def _read(tensor: StoredTensor, part: Region) -> NDArray[np.floating]:
+    values: NDArray[np.floating] = tensor.read(tuple(slice(*edges) for edges in part)).float().numpy()
+    return values
 
 
-def _zero3(state: dict[str, Any], groups: list[dict[str, Any]], replica: int) -> Iterator[tuple[str, _Fragment]]:
-    """Yield a replica's part of every parameter, without the padding behind the last part."""
-    moments, replicas = state["optimizer_state_dict"]["state"], state["partition_count"]
-    replicas = replicas[0] if isinstance(replicas, list) else replicas
-    for number, (group, flat) in enumerate(zip(groups, state["fp32_flat_groups"], strict=True)):
-        tensors = {WEIGHT: flat, **{key: moments[number][key] for key in MOMENTS}}
-        start = 0
-        for name, shape in group.items():
-            size = math.prod(shape)
-            part = -(-size // replicas)
-            own = max(0, min(part, size - replica * part))
-            yield name, {key: tensor.narrow(0, start, own) for key, tensor in tensors.items()}
-            start += part
+def _boxes(
+    shape: tuple[int, ...], origin: tuple[int, ...], runs: list[StoredTensor]
+) -> Iterator[tuple[Region, StoredTensor]]:
+    """Yield the boxes that flat runs make of a tensor, one after the other, with what is stored there.
 
+    A run is whole rows, and what it has of the rows before and behind them.
 
-def _zero12(state: dict[str, Any]) -> Iterator[tuple[str, _Fragment]]:
-    moments = state["base_optimizer_state"]["state"]
-    flats = state["single_partition_of_fp32_groups"]
-    for number, (mapping, flat) in enumerate(zip(state["param_slice_mappings"], flats, strict=True)):
-        tensors = {WEIGHT: flat, **{key: moments[number][key] for key in MOMENTS}}
-        for name, address in mapping.items():
-            yield name, {key: tensor.narrow(0, address.start, address.numel) for key, tensor in tensors.items()}
-
-
-def _rows(flat: torch.Tensor, start: int, stop: int) -> NDArray[Any]:
-    return flat[start:stop].detach().float().numpy()
-
-
-def _rows_of_file(load: Callable[[Path], torch.Tensor], file: Path, spec: ParamSpec) -> Rows:
-    def rows(start: int, stop: int) -> NDArray[Any]:
-        tensor = load(file)
-        if tuple(tensor.shape) != spec.shape:
-            raise CheckpointError(f"{file}: its shape is {tuple(tensor.shape)}; the model has {spec.shape}")
-        return tensor.flatten()[start:stop].detach().float().numpy()
-
-    return rows
-
-
-def _whole(file: Path) -> torch.Tensor:
-    loaded = load_torch_file(file)
-    tensor = loaded.get("param") if isinstance(loaded, dict) else loaded
-    if not isinstance(tensor, torch.Tensor):
-        raise CheckpointError(f"{file}: no tensor in it")
-    return tensor
+    Args:
+        shape: of the tensor, one or two dims.
+        origin: where it begins in a larger one.
+        runs: that fill it, in order.
+    """
+    width = math.prod(shape[1:])
+    start = 0
+    for run in runs:
+        stop = start + run.shape[0]
+        edges = sorted({start, min(stop, -(-start // width) * width), max(start, stop // width * width), stop})
+        for low, high in pairwise(edges):
+            piece = run.narrow(low - start, high - low)
+            row, column = divmod(low, width)
+            rows = max(1, (high - low) // width)
+            place = (row, row + rows), (column, column + (high - low) // rows)
+            region = tuple((a + first, b + first) for (a, b), first in zip(place, origin, strict=False))
+            yield region, replace(piece, shape=region_shape(region), strides=(width, 1)[-len(shape) :])
+        start = stop

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megacore.convert.links import Link
+from megacore.convert.links import Columns, Link
 from megacore.model_config import ModelConfig
 
 ACTIVATIONS = {
@@ -91,13 +91,15 @@ def _sines(config: ModelConfig) -> dict[str, NDArray[np.float64]]:
 def _gpt2_links(config: ModelConfig) -> Iterator[Link]:
     yield Link("transformer.wte.weight", "embeddings.word")
     yield Link("transformer.wpe.weight", "embeddings.position")
+    width = config.num_attention_heads * config.head_dim
     for number in range(config.num_hidden_layers):
         a, b = f"transformer.h.{number}.", f"layers.{number}."
         for kind in ("weight", "bias"):
             turned = kind == "weight"
-            yield Link(f"{a}attn.c_attn.{kind}", f"{b}attention.query_{kind}", None, turned, (0, 3))
-            for part in (0, 1):
-                yield Link(f"{a}attn.c_attn.{kind}", f"{b}attention.key_value_{kind}", part, turned, (1 + part, 3))
+            query, key, value = (Columns(1, 3 * width, part * width, (part + 1) * width) for part in range(3))
+            yield Link(f"{a}attn.c_attn.{kind}", f"{b}attention.query_{kind}", None, turned, query)
+            for part, columns in enumerate((key, value)):
+                yield Link(f"{a}attn.c_attn.{kind}", f"{b}attention.key_value_{kind}", part, turned, columns)
             yield Link(f"{a}attn.c_proj.{kind}", f"{b}attention.output_{kind}", None, turned)
             yield Link(f"{a}mlp.c_fc.{kind}", f"{b}mlp.up_{kind}", None, turned)
             yield Link(f"{a}mlp.c_proj.{kind}", f"{b}mlp.down_{kind}", None, turned)

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
+from megacore.convert.safetensors_files import load_safetensors
+from megacore.convert.stored_tensor import StoredTensor
+from megacore.convert.torch_files import load_torch_file
 from megacore.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -38,7 +40,7 @@ class HuggingFaceFiles:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config: dict[str, Any] = read_json(path / CONFIG)
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, dict[str, StoredTensor]] = {}
         self._files = self._find()
 
     def _find(self) -> dict[str, str]:
@@ -51,10 +53,9 @@ class HuggingFaceFiles:
                     if Path(file).name != file or not (self.path / file).is_file():
                         raise CheckpointError(f"{index} names {file}, which is missing")
                 return dict(weights)
-        if (self.path / _SAFE).exists():
-            return dict.fromkeys(self._safe(_SAFE).keys(), _SAFE)
-        if (self.path / _PICKLED).exists():
-            return dict.fromkeys(self._pickled(_PICKLED), _PICKLED)
+        for name in (_SAFE, _PICKLED):
+            if (self.path / name).exists():
+                return dict.fromkeys(self._tensors(name), name)
         raise CheckpointError(f"{self.path} has neither {_SAFE} nor {_PICKLED}")
 
     @property
@@ -64,41 +65,31 @@ class HuggingFaceFiles:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape."""
-        file = self._files[name]
-        try:
-            if file.endswith(".safetensors"):
-                return tuple(self._safe(file).get_slice(name).get_shape())
-            return tuple(self._pickled(file)[name].shape)
-        except (SafetensorError, KeyError) as error:
-            raise CheckpointError(f"{self.path / file}: {name} cannot be read: {error}") from None
+        return self._stored(name).shape
 
     def read(self, name: str, box: tuple[slice, ...]) -> NDArray[Any]:
         """Return a box of a tensor, as float32 (float64 stays what it is)."""
-        file = self._files[name]
-        try:
-            values = self._safe(file).get_slice(name)[box] if file.endswith(".safetensors") else None
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self.path / file}: {name} cannot be read: {error}") from None
-        values = self._pickled(file)[name][box] if values is None else values
+        values = self._stored(name).read(box)
         wide = values if values.dtype == torch.float64 else values.float()
         return np.asarray(wide.numpy())
 
-    def _safe(self, file: str) -> Any:
-        if file not in self._open:
-            try:
-                self._open[file] = safe_open(self.path / file, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{self.path / file}: not a safetensors file: {error}") from None
-        return self._open[file]
+    def _stored(self, name: str) -> StoredTensor:
+        file = self._files[name]
+        stored = self._tensors(file).get(name)
+        if stored is None:
+            raise CheckpointError(f"{self.path / file}: {name} is missing, though the index says that it is there")
+        return stored
 
-    def _pickled(self, file: str) -> Any:
+    def _tensors(self, file: str) -> dict[str, StoredTensor]:
         if file not in self._open:
-            try:
-                loaded = torch.load(self.path / file, map_location="cpu", mmap=True, weights_only=True)
-                tensors = {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
-            except Exception as error:  # torch raises many kinds for a damaged file
-                raise CheckpointError(f"{self.path / file}: not a file of weights: {error}") from None
-            self._open[file] = tensors
+            path = self.path / file
+            if file.endswith(".safetensors"):
+                self._open[file] = load_safetensors(path)
+            else:
+                loaded = load_torch_file(path, stand_ins=False)
+                if not isinstance(loaded, dict):
+                    raise CheckpointError(f"{path}: not a file of weights: expected tensors by name")
+                self._open[file] = {name: item for name, item in loaded.items() if isinstance(item, StoredTensor)}
         return self._open[file]
 
 

@@ -8,7 +8,7 @@ import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,10 +23,10 @@ from megacore.convert.families import Family
 from megacore.convert.hf_config import config_of, family_of, model_from
 from megacore.convert.hf_files import CONFIG, TOKENIZER_FILES, HuggingFaceFiles, read_json
 from megacore.convert.imports import fresh_manifest
-from megacore.convert.links import Link
+from megacore.convert.links import Link, read_linked
 from megacore.errors import CheckpointError
 from megacore.publish import os_errors, publishing, write_text
-from megacore.specs import ParamSpec, Region, region_shape
+from megacore.specs import ParamSpec, Region
 
 ATTACHED = "huggingface"
 """Directory in an imported checkpoint: Hugging Face's configuration and tokenizer."""
@@ -66,7 +66,7 @@ class HuggingFaceSource:
         self.manifest = fresh_manifest(self.model)
         self.specs = self.manifest.specs()
         self._names = set(self._files.names)
-        self._links: dict[str, list[tuple[Link, str]]] = defaultdict(list)
+        self._links: dict[str, list[Link]] = defaultdict(list)
         missing: dict[str, str] = {}
         used: set[str] = set()
         for link in self._family.links(self.model):
@@ -75,7 +75,7 @@ class HuggingFaceSource:
                 missing.setdefault(link.ours, link.theirs)
             else:
                 self._check_shape(link, found)
-                self._links[link.ours].append((link, found))
+                self._links[link.ours].append(replace(link, theirs=found))
                 used.add(found)
         self.new = self._accept_missing(missing)
         self.left_out = self._accept_unused(self._names - used)
@@ -121,7 +121,7 @@ class HuggingFaceSource:
             if name in copies:
                 return self._found(original)
         if name in ("lm_head.weight", "cls.predictions.decoder.weight") and self.model.tie_word_embeddings:
-            return self._links["embeddings.word"][0][1]
+            return self._links["embeddings.word"][0].theirs
         return None
 
     def _check_same(self, name: str, original: str) -> None:
@@ -139,20 +139,7 @@ class HuggingFaceSource:
         spec = self.specs[name]
         if name in self.new:
             return spec.initial_values(name, self._seed, self.model, region)
-        first, stop = region[0]
-        values: NDArray[np.floating] | None = None
-        for link, theirs in self._links[name]:
-            if link.part is not None and not first <= link.part < stop:
-                continue
-            inner = region if link.part is None else ((link.part, link.part + 1), *region[1:])
-            read = link.our_values(spec, inner, self._files.read(theirs, link.their_box(spec, inner)))
-            if link.part is None:
-                return read
-            if values is None:
-                values = np.empty(region_shape(region), read.dtype)
-            values[link.part - first] = read
-        assert values is not None
-        return values
+        return read_linked(self._links[name], spec, region, self._files.read)
 
     def attach(self, directory: Path) -> None:
         """Copy the configuration and the tokenizer's files into a checkpoint that is being written."""
@@ -251,11 +238,12 @@ def _write_shard(
 
 def _joined(reader: CheckpointReader, specs: dict[str, ParamSpec], links: list[Link]) -> NDArray[np.floating]:
     """Make a foreign tensor of its fused parts."""
-    parts = []
-    for link in sorted(links, key=lambda link: link.fused[0]):
+    theirs = np.empty(links[0].their_shape(specs[links[0].ours]), np.float32)
+    for link in links:
         spec = specs[link.ours]
-        parts.append(link.their_values(spec, reader.read(link.ours, WEIGHT, link.our_region(spec))))
-    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1 if links[0].transposed else 0)
+        region = link.our_region(spec)
+        link.fill(spec, region, reader.read(link.ours, WEIGHT, region), theirs)
+    return theirs
 
 
 def _write_rest(directory: Path, attached: Path, config: dict[str, object]) -> None:

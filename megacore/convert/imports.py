@@ -33,7 +33,7 @@ class Source(Protocol):
     new: tuple[str, ...]
     """Parameters that the source lacks, which start from initial values."""
     left_out: tuple[str, ...]
-    """Tensors of the source that no model of megacore has."""
+    """What the source has and the checkpoint will not: tensors that no model of megacore has, padding."""
 
     def box(self, name: str, state: str, region: Region) -> NDArray[np.floating]:
         """Return a box of a parameter's state."""
@@ -56,7 +56,7 @@ class Import:
     Args:
         bytes: to be written.
         new: parameters that the source lacks, which start from initial values.
-        left_out: tensors of the source that no model of megacore has.
+        left_out: what the source has and the checkpoint will not.
     """
 
     bytes: int
@@ -99,7 +99,13 @@ def import_checkpoint(
             raise ConfigError("--dtype bf16 would round the optimizer's state: add --weights-only")
         files = plan_files(known.tensors(), states, layout, lambda name, state: dtype or "float32", source.box)
         fresh = {} if len(states) > 1 else {"optimizer_step": 0, "loss_scaling": None}
-        event = {"event": "import", "format": source.format, "source": source.path.name, "new": list(source.new)}
+        event = {
+            "event": "import",
+            "format": source.format,
+            "source": source.path.name,
+            "new": list(source.new),
+            "left_out": list(source.left_out),
+        }
         manifest = known.model_copy(
             update={
                 "layout": layout,

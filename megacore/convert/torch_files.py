@@ -1,4 +1,4 @@
-"""Other programs' torch files: tensors, mapped, and plain values; no code of theirs is ever run.
+"""Other programs' torch files: plain values, and tensors that stay on the disk; no code of theirs is ever run.
 
 What such a file names besides tensors (settings objects, enumerations) is read as an inert stand-in that holds its
 fields: torch's weights-only unpickler never imports or calls what it was not given.
@@ -6,13 +6,19 @@ fields: torch's weights-only unpickler never imports or calls what it was not gi
 
 from __future__ import annotations
 
+import zipfile
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from megacore.convert.stored_tensor import StoredTensor
 from megacore.errors import CheckpointError
+
+_LOCAL_HEADER_BYTES = 30
+"""Of an entry of a zip file, before its name (https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT, 4.3.7)."""
 
 
 class Inert:
@@ -25,18 +31,76 @@ class Inert:
         self.__dict__.update(state if isinstance(state, dict) else {})
 
 
-def load_torch_file(path: Path) -> Any:
-    """Read a torch file; its tensors stay on the disk until they are used.
+def load_torch_file(path: Path, stand_ins: bool = True) -> Any:
+    """Read a file of ``torch.save``'s; in place of each tensor there is a `StoredTensor`.
+
+    Args:
+        path: the file.
+        stand_ins: read objects of unknown classes as `Inert` ones, instead of refusing the file.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        CheckpointError: it is missing, damaged, or in a format whose tensors cannot be read in place.
     """
     try:
-        names = get_unsafe_globals_in_checkpoint(path)
-        with safe_globals([(Inert, name) for name in names]):
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        records = _records(path)
+        names = get_unsafe_globals_in_checkpoint(path) if stand_ins else []
+        with safe_globals([(Inert, name) for name in names]) if names else nullcontext():
+            # On the meta device a storage has no bytes, but torch tells where in the file they begin.
+            loaded = torch.load(path, map_location="meta", weights_only=True)
+        return _located(loaded, path, records)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
+    except CheckpointError:
+        raise
     except Exception as error:  # torch raises many kinds for a damaged file
         what = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"{path}: not a usable torch file: {what}") from None
+        kind = "usable torch file" if stand_ins else "file of weights"
+        raise CheckpointError(f"{path}: not a {kind}: {what}") from None
+
+
+def _records(path: Path) -> dict[int, int]:
+    """Return the sizes of the entries of a zip file that are stored as they are, by where their bytes begin."""
+    with path.open("rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise CheckpointError(
+                f"{path}: not a zip file: it is damaged, or torch wrote it in its format of before version 1.6; "
+                "if so, load it with torch and save it again"
+            )
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise CheckpointError(f"{path}: its entries are compressed, which torch.save never does: unpack them first")
+        return {_begin(file, entry.header_offset): entry.file_size for entry in entries}
+
+
+def _begin(file: BinaryIO, header: int) -> int:
+    """Return where the bytes of an entry of a zip file begin."""
+    file.seek(header)
+    content = file.read(_LOCAL_HEADER_BYTES)
+    lengths = (int.from_bytes(content[place : place + 2], "little") for place in (26, 28))  # name, extra field
+    return header + _LOCAL_HEADER_BYTES + sum(lengths)
+
+
+def _located(value: Any, path: Path, records: dict[int, int]) -> Any:
+    """Replace the tensors in lists, tuples and dicts."""
+    if isinstance(value, torch.Tensor):
+        return _stored(value, path, records)
+    if isinstance(value, dict):
+        return {key: _located(item, path, records) for key, item in value.items()}
+    if isinstance(value, list | tuple) and type(value) in (list, tuple):
+        return type(value)(_located(item, path, records) for item in value)
+    return value
+
+
+def _stored(tensor: torch.Tensor, path: Path, records: dict[int, int]) -> StoredTensor:
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        raise CheckpointError(f"{path}: it has sparse or quantized tensors, which are not read")
+    shape, strides, size = tuple(tensor.shape), tensor.stride(), tensor.dtype.itemsize
+    offset = int(tensor.storage_offset()) * size
+    if not tensor.numel():
+        return StoredTensor(path, tensor.dtype, shape, strides, 0)
+    end = offset + size * (1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True)))
+    begin = tensor.untyped_storage()._checkpoint_offset
+    if begin is None or end > records.get(begin, -1):
+        raise CheckpointError(f"{path}: a tensor does not lie in an entry of the file: it is damaged")
+    return StoredTensor(path, tensor.dtype, shape, strides, begin + offset)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 
 from megacore.checkpoint.manifest import MOMENTS
 from megacore.checkpoint.reader import CheckpointReader
 from megacore.communicator import Communicator, together
 from megacore.config import ParallelConfig
-from megacore.convert.deepspeed import CARRIED, FILE_OF
+from megacore.convert.deepspeed import CARRIED
+from megacore.convert.deepspeed_files import FILE_OF
 from megacore.convert.module_names import module_names
 from megacore.errors import CheckpointError, ConfigError
 from megacore.publish import os_errors, publishing, write_text
+
+_BLOCK = 1 << 21
+"""Entries read at once."""
 
 
 def export_universal(
@@ -66,9 +71,10 @@ def export_universal(
                     continue
                 (folder / theirs).mkdir(parents=True)
                 for state, file in FILE_OF.items():
-                    values = torch.from_numpy(reader.read(ours, state)).float()
-                    _save({"param": values, "cat_dim": specs[ours].sharded_dim or 0}, folder / theirs / f"{file}.pt")
-                    on_progress(values.numel() * 4)
+                    whole = {"param": _whole(reader, ours, state), "cat_dim": specs[ours].sharded_dim or 0}
+                    _save(whole, folder / theirs / f"{file}.pt")
+                    del whole  # before the next one is made
+                    on_progress(math.prod(specs[ours].shape) * 4)
                 _save(step, folder / theirs / "step.pt")
         with together(group), os_errors(directory, CheckpointError):
             if group.rank == 0:
@@ -76,6 +82,18 @@ def export_universal(
                 for name in ("mp_rank_00", "zero_pp_rank_0_mp_rank_00"):  # where ZeRO 1 and 2, and 3, look
                     _save(_facts(reader), directory / tag / f"{name}_model_states.pt")
                 write_text(directory / "latest_universal", tag)
+
+
+def _whole(reader: CheckpointReader, name: str, state: str) -> torch.Tensor:
+    """Return a whole tensor, as float32, which is filled block by block, so that it is in memory only once."""
+    shape = reader.shape(name)
+    values = torch.empty(shape)
+    rows = max(1, _BLOCK // math.prod(shape[1:]))
+    for start in range(0, shape[0], rows):
+        stop = min(start + rows, shape[0])
+        box = ((start, stop), *((0, size) for size in shape[1:]))
+        values[start:stop] = torch.from_numpy(reader.read(name, state, box))
+    return values
 
 
 def _save(value: Any, path: Path) -> None:
@@ -92,7 +110,7 @@ def _optimizer_facts(step: torch.Tensor, most_groups: int) -> dict[str, Any]:
     partner: so there is one for every group that there can be, and empty ones leave the engine its settings.
     """
     return {
-        "ds_version": deepspeed.__version__,
+        "ds_version": version("deepspeed"),
         "param_groups": [{} for _ in range(most_groups)],
         "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": [{}]},
     }
@@ -109,6 +127,6 @@ def _facts(reader: CheckpointReader) -> dict[str, Any]:
         "skipped_steps": 0,
         "dp_world_size": 1,
         "mp_world_size": 1,
-        "ds_version": deepspeed.__version__,
+        "ds_version": version("deepspeed"),
         CARRIED: reader.manifest.model_copy(update={"files": {}}).model_dump_json(),
     }

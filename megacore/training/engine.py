@@ -18,6 +18,7 @@ from megacore.parallel.grid import DeepSpeedGrid, ParallelGrid
 from megacore.params import PLACEHOLDER, Declare, declared
 from megacore.training.metrics import Sums
 from megacore.training.runners import make_runner, owned_names, stage_gather
+from megacore.training.universal_info import add_universal_info
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -63,6 +64,8 @@ class TrainingEngine:
             lr=config.training.learning_rate,
             betas=(config.training.adam_beta1, config.training.adam_beta2),
         )
+        if not config.model.num_experts:
+            add_universal_info(self.model, config.model, config.parallel.pipeline_parallel_size > 1)
         self._runner.start(optimizer)
 
     @property
