@@ -26,6 +26,7 @@ def check_integrity(reader: CheckpointReader, on_progress: Callable[[int], None]
     Raises:
         CheckpointError: naming the file and the tensor.
     """
+    reader.specs()
     reader.check_coverage()
     total = 0
     for file, key, block in reader.scan():
