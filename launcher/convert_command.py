@@ -108,10 +108,9 @@ def _from_megacore(source: Path, target_format: str, job: _Job) -> None:
     elif target_format == "megatron":
         from megacore.convert.megatron_export import export_megatron
 
-        if len(reader.manifest.states) > 1 and not job.weights_only:
-            left_out = "the optimizer's state (Megatron-LM starts anew: --finetune or --no-load-optim)"
-            _say(job.group, "left out", (left_out,))
         export_megatron(reader, job.target, job.parallel, job.dtype or "float32", job.group, job.advance)
+        options = "--transformer-impl local --no-load-optim --no-load-rng"
+        _say(job.group, "left out", (f"the optimizer's state; start Megatron-LM with {options}",))
     elif target_format == "deepspeed-universal":
         from megacore.convert.universal import export_universal
 

@@ -14,7 +14,7 @@ from megacore.axes import AXES, Sharding
 from megacore.checkpoint.manifest import STATES, WEIGHT
 from megacore.convert.imports import fresh_manifest
 from megacore.convert.links import Link, read_linked
-from megacore.convert.megatron_config import model_from
+from megacore.convert.megatron_config import model_from, padded_size
 from megacore.convert.megatron_files import MegatronFiles, read_parts
 from megacore.convert.megatron_names import core_names, megatron_links
 from megacore.convert.megatron_optimizer import NotReadable, adam_tensors
@@ -48,7 +48,9 @@ class MegatronSource:
         self.path = path
         self._files = MegatronFiles(path)
         inexact: tuple[str, ...] = ()
+        self._padded = 0
         if self._files.args:
+            self._padded = padded_size(self._files.args, str(self._files.file))
             model, inexact = model_from(self._files.args, self._files.tensors, str(self._files.file), model)
         elif model is None:
             raise ConfigError(f"{self._files.file} does not say what model it is of: add --config CONFIG.yaml")
@@ -94,7 +96,7 @@ class MegatronSource:
         shapes = {tuple(part.shape) for part in parts}
         if dim is not None and has_vocabulary(spec) and all(len(shape) > dim for shape in shapes):
             there = len(parts) * min(shape[dim] for shape in shapes)
-            expected[dim] = max(expected[dim], self._files.args.get("padded_vocab_size") or there)
+            expected[dim] = max(expected[dim], self._padded or there)
         if dim is not None:
             expected[dim] = -(-expected[dim] // len(parts))
         for rank, part in enumerate(parts):
@@ -126,7 +128,7 @@ class MegatronSource:
         """Find Adam's state of every parameter, or say that it is left out; return Adam's step."""
         parts: dict[str, dict[str, list[StoredTensor]]] = {state: defaultdict(list) for state in STATES}
         steps = set()
-        separate = any(file.with_name("distrib_optim.pt").exists() for file in self._files.ranks.values())
+        separate = self._files.has_distributed_optimizer
         if not separate and not any("optimizer" in content for content in self._files.content.values()):
             return 0
         try:

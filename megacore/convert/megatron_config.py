@@ -107,7 +107,7 @@ def model_from(
         value = args.get(key)
         if value is not None and value not in allowed:
             raise ConfigError(f"{where}: {key}={value}: megacore converts models with {key}={allowed[0]}")
-    values = _FIXED | {"vocab_size": vocabulary_of(args, where)}
+    values = _FIXED | {"vocab_size": _vocabulary(args, where)}
     for ours, theirs in _KEYS.items():
         values[ours] = _value(args, where, *theirs)
     grouped = _value(args, where, "group_query_attention")
@@ -115,7 +115,8 @@ def model_from(
     values["position_embedding"] = _translated(args, where, "position_embedding_type", _POSITIONS)
     if values["position_embedding"] == "rotary" and _value(args, where, "rotary_interleaved"):
         values["position_embedding"] = "rotary_interleaved"
-    values["rope_theta"] = _value(args, where, "rotary_base")
+    if values["position_embedding"].startswith("rotary"):
+        values["rope_theta"] = _value(args, where, "rotary_base")
     values["norm"] = _translated(args, where, "normalization", _NORMS)
     values["linear_bias"] = _value(args, where, "add_bias_linear")
     values["attention_bias"] = values["linear_bias"] or _value(args, where, "add_qkv_bias")
@@ -141,11 +142,19 @@ def model_from(
     return (model if configured is None else _agreed(model, configured, where)), inexact
 
 
-def vocabulary_of(args: Mapping[str, Any], where: str) -> int:
-    """Return the number of tokens, without the padding where that is known."""
-    padded, size = _value(args, where, "padded_vocab_size"), args.get("vocab_size")
+def padded_size(args: Mapping[str, Any], where: str) -> int:
+    """Return the number of rows of the vocabulary's tables, the padding included."""
+    size = _value(args, where, "padded_vocab_size")
     if not isinstance(size, int):
-        return int(padded)
+        raise ConfigError(f"{where}: padded_vocab_size={size} is not a number")
+    return size
+
+
+def _vocabulary(args: Mapping[str, Any], where: str) -> int:
+    """Return the number of tokens, without the padding where that is known."""
+    size = args.get("vocab_size")
+    if not isinstance(size, int):
+        return padded_size(args, where)
     # This tokenizer alone adds a token to the size that it is given.
     return size + 1 if args.get("tokenizer_type") == "NullTokenizer" else size
 
@@ -160,7 +169,7 @@ def _value(args: Mapping[str, Any], where: str, *keys: str) -> Any:
 
 
 def _translated(args: Mapping[str, Any], where: str, key: str, values: dict[str, str]) -> str:
-    value = _value(args, where, key)
+    value = str(_value(args, where, key))
     if value not in values:
         raise ConfigError(f"{where}: {key}={value}: megacore converts {', '.join(values)}")
     return values[value]
@@ -242,7 +251,7 @@ def args_of(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
         "add_position_embedding": model.position_embedding == "learned",
         "use_rotary_position_embeddings": rotary,
         "rotary_interleaved": model.position_embedding == "rotary_interleaved",
-        "rotary_base": model.rope_theta,
+        "rotary_base": int(model.rope_theta) if model.rope_theta.is_integer() else model.rope_theta,
         "rotary_percent": 1.0,
         "normalization": next(theirs for theirs, ours in _NORMS.items() if ours == model.norm),
         "apply_layernorm_1p": False,

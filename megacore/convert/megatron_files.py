@@ -22,8 +22,8 @@ LATEST = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 """What stands in `LATEST`, and is the directory's name, for weights that belong to no iteration of a run."""
 FILE = "model_optim_rng.pt"
-_FILES = (FILE, "model_rng.pt")
-"""The second, where the optimizer's state is in other files."""
+_WITHOUT_OPTIMIZER = "model_rng.pt"
+_DISTRIBUTED = "distrib_optim.pt"
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 _LAYER = re.compile(r"(.*\blayers\.)(\d+)(\..*)")
 _NOT_WEIGHTS = re.compile(r"(_extra_state|\.inv_freq)$")
@@ -58,6 +58,9 @@ class MegatronFiles:
         first = next(iter(self.ranks))
         self.file = self.ranks[first]
         """The first rank's file, for messages about what all say."""
+        self.has_distributed_optimizer = any(
+            file.name == _WITHOUT_OPTIMIZER or file.with_name(_DISTRIBUTED).exists() for file in self.ranks.values()
+        )
         self.tensor_parallel_size = 1 + max(rank for _, rank in self.ranks)
         self.args: Mapping[str, Any] = self._args(self.content[first])
         self.iteration = self._iteration(self.content[first])
@@ -82,10 +85,12 @@ class MegatronFiles:
         for stage in range(1 + max(stage for stage, _ in places)):
             for rank in range(1 + max(rank for _, rank in places)):
                 name = f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if staged else "")
-                files = [self.folder / name / file for file in _FILES if (self.folder / name / file).is_file()]
-                if not files:
-                    raise CheckpointError(f"{self.folder / name / FILE} is missing")
-                yield (stage, rank), files[0]
+                file = self.folder / name / FILE
+                if not file.is_file() and file.with_name(_WITHOUT_OPTIMIZER).is_file():
+                    file = file.with_name(_WITHOUT_OPTIMIZER)
+                if not file.is_file():
+                    raise CheckpointError(f"{file} is missing")
+                yield (stage, rank), file
 
     def _load(self, file: Path) -> dict[str, Any]:
         content = load_torch_file(file)
@@ -104,7 +109,7 @@ class MegatronFiles:
 
     def _args(self, content: dict[str, Any]) -> Mapping[str, Any]:
         args = content.get("args")
-        return {} if args is None else args if isinstance(args, dict) else vars(args)
+        return args if isinstance(args, dict) else getattr(args, "__dict__", {})
 
     def _iteration(self, content: dict[str, Any]) -> int:
         value = content.get("iteration", 0)

@@ -39,21 +39,29 @@ def adam_tensors(optimizer: Any, model: Mapping[str, StoredTensor]) -> tuple[dic
         if not inner["state"]:
             raise NotReadable("the distributed optimizer's")
         for number, group in enumerate(inner["param_groups"]):
-            main = iter(mains[number] if mains is not None else ())
+            main = iter(mains[number] if mains else ())
             for (name, tensor), key in zip(_grouped(model, group), group["params"], strict=True):
                 state = inner["state"][key]
-                found[WEIGHT][name] = next(main) if mains is not None and tensor.dtype in _HALF else tensor
+                found[WEIGHT][name] = _rounded_to(tensor, next(main)) if mains and tensor.dtype in _HALF else tensor
                 for moment in MOMENTS:
                     found[moment][name] = state[moment]
                 steps.add(number_in(state["step"] if "step" in state else group["step"], "the optimizer's step"))
         for tensors in found.values():
             if tensors.keys() != model.keys() or any(tensors[name].shape != model[name].shape for name in model):
                 raise NotReadable("not of these parameters")
-        if len(steps) != 1 or (mains is None and any(tensor.dtype in _HALF for tensor in model.values())):
+        if len(steps) != 1 or (not mains and any(tensor.dtype in _HALF for tensor in model.values())):
             raise NotReadable("of another kind than Adam's with fp32 weights")
     except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError):
         raise NotReadable("of another kind than Adam's with fp32 weights") from None
     return found, steps.pop()
+
+
+def _rounded_to(half: StoredTensor, main: StoredTensor) -> StoredTensor:
+    """Return a fp32 weight, having looked whether its first row is the parameter's."""
+    row = (slice(0, 1),)
+    if main.shape != half.shape or not torch.equal(main.read(row).to(half.dtype), half.read(row)):
+        raise NotReadable("not of these parameters")
+    return main
 
 
 def _grouped(model: Mapping[str, StoredTensor], group: Mapping[str, Any]) -> Iterator[tuple[str, StoredTensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 VOCABULARY, PADDED, POSITIONS = 150, 256, 24
+LAYOUT = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
 CASES: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "gpt2 fused gelu": {"bias_gelu_fusion": True},
@@ -225,24 +227,32 @@ def save(model: Any, args: argparse.Namespace, path: Path, **more: Any) -> None:
     (path / "latest_checkpointed_iteration.txt").write_text("12")
 
 
-def save_all(
-    folder: Path, names: list[str], tensor: int, pipeline: int, tokens: torch.Tensor, segments: torch.Tensor
-) -> dict[str, list[torch.Tensor]]:
-    """Save the models with random weights; return what they compute."""
-    start(tensor, pipeline)
+Computed = dict[str, list[torch.Tensor]]
+Held = dict[str, dict[str, dict[str, torch.Tensor]]]
+
+
+def save_all(folder: Path, tokens: torch.Tensor, segments: torch.Tensor) -> tuple[Computed, Held, dict[str, str]]:
+    """Save models with random weights at TP 2 × PP 2.
+
+    Returns what they compute; what `save_trained` returns; norms' names -> those that Transformer Engine's layers have.
+    """
+    from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+
+    start(2, 2)
     computed = {}
-    for name in names:
-        args = arguments(**CASES[name], tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    for name, changes in CASES.items():
+        args = arguments(**changes, **LAYOUT)
         model = build(args)
         randomise(model)
         save(model, args, folder / name)
         computed[name] = compute(model, args, tokens, segments)
-    return computed
+    names = bert_layer_local_spec.submodules.sharded_state_dict_keys_map
+    return computed, save_trained(folder / "trained"), names
 
 
 def load_all(
     folder: Path, names: list[str], tensor: int, pipeline: int, tokens: torch.Tensor, segments: torch.Tensor
-) -> dict[str, list[torch.Tensor]]:
+) -> Computed:
     """Load files of this layout into fresh models; return what they compute."""
     start(tensor, pipeline)
     computed = {}
@@ -259,16 +269,15 @@ def load_all(
     return computed
 
 
-def save_trained(folder: Path) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
-    """Train a GPT for two steps in fp32 and in bf16, and save it with its optimizer; return Adam's state by name."""
+def save_trained(folder: Path) -> Held:
+    """Take two steps of Adam in fp32 and in bf16, and save model and optimizer; return this rank's state by name."""
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    start(1, 1)
     moments = {}
     for kind in ("fp32", "bf16"):
         half = kind == "bf16"
-        args = arguments(params_dtype=torch.bfloat16 if half else torch.float32)
+        args = arguments(params_dtype=torch.bfloat16 if half else torch.float32, **LAYOUT)
         model = build(args)
         randomise(model)
         config = OptimizerConfig(
@@ -277,8 +286,11 @@ def save_trained(folder: Path) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
         model.ddp_config = DistributedDataParallelConfig()
         optimizer = get_megatron_optimizer(config, [model])
         for _ in range(2):
-            for parameter in model.parameters():
-                parameter.main_grad = torch.randn(parameter.shape)
+            for name, parameter in model.named_parameters():
+                own = dist.get_rank() % 2 if getattr(parameter, "tensor_model_parallel", False) else 0
+                tied = "embedding.word_embeddings.weight" if name == "output_layer.weight" else name
+                generator = torch.Generator().manual_seed(2 * zlib.crc32(tied.encode()) + own)
+                parameter.main_grad = torch.randn(parameter.shape, generator=generator)
             optimizer.step()
         save(model, args, folder / kind, optimizer=optimizer.state_dict())
         (inner,) = optimizer.chained_optimizers

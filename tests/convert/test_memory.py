@@ -145,3 +145,8 @@ def test_deepspeeds_native_files(checkpoint: Path, tmp_path: Path, bounded: Call
     (tmp_path / "run.json").write_text(f'{{"model": {MODEL.model_dump_json()}}}')
     bounded(tmp_path / "native", tmp_path / "back", "--config", tmp_path / "run.json", *CUT, parts=4)
     assert CheckpointReader(tmp_path / "back").manifest.progress.optimizer_step == 3
+
+
+def test_megatron(checkpoint: Path, tmp_path: Path, bounded: Callable[..., None]) -> None:
+    bounded(checkpoint, tmp_path / "megatron", "--to", "megatron", *CUT, parts=4)
+    bounded(tmp_path / "megatron", tmp_path / "back", *CUT, parts=4)
