@@ -1,12 +1,17 @@
 """Checkpoints against plain file copies: cutting a 1.3B-parameter model anew, and saving beside training.
 
-    python bench/checkpoint.py            # 1.3B parameters in bf16, about 6 GB of disk under TMPDIR
+    python bench/checkpoint.py            # 1.3B parameters in bf16, about 8 GB of disk under TMPDIR
     python bench/checkpoint.py --small    # a tenth of it, under 2 minutes
 
-The last line is one JSON object: ``reshard_vs_cp`` (wall time of ``megacore convert``, TP 2 × PP 2 to TP 4, by that of
-a copy of the same bytes, both flushed to the disk), ``reshard_rss_excess_mb`` (its peak resident memory beyond twice
-the largest target shard of a tensor), ``ranks2_speedup`` (one rank's time by two ranks'), ``async_stall_ratio`` (what a
-save in the background adds to a step, by what a waiting save adds).
+The last line is one JSON object:
+
+- ``reshard_vs_cp``: wall time of ``megacore convert``, TP 2 × PP 2 to TP 4, by that of ``cp -r`` of the same bytes,
+  both flushed to the disk;
+- ``reshard_rss_excess_mb``: its peak resident memory beyond twice the largest target shard of a tensor;
+- ``ranks2_speedup``: one rank's time by two ranks'; ``ranks2_vs_cp2``: two ranks' time by that of two ``cp`` that share
+  the same bytes, which is what the disk and the two processors give;
+- ``async_stall_ratio``: what a save in the background adds to the steps beside it, by what a waiting save adds;
+- ``open_10k_files_s``: seconds to open a checkpoint of 10,000 files and 1,000 layers.
 """
 
 from __future__ import annotations
@@ -27,20 +32,39 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from launcher.start import megacore_command, mpi_command
 from megacore.checkpoint.files import plan_files
-from megacore.checkpoint.manifest import MOMENTS, WEIGHT, Layout, Manifest, Progress, parameter_records
+from megacore.checkpoint.manifest import (
+    MANIFEST,
+    MOMENTS,
+    WEIGHT,
+    FileRecord,
+    Layout,
+    Manifest,
+    Progress,
+    parameter_records,
+)
+from megacore.checkpoint.reader import CheckpointReader
 from megacore.checkpoint.writer import write_checkpoint
 from megacore.communicator import Alone
 from megacore.model_config import ModelConfig
 from megacore.models.transformer import declarations
-from megacore.params import Region, Shard, region_shape
 from megacore.settings import validated
+from megacore.specs import Region, Shard, region_shape
 from megacore.training.saver import Saver
 
 SOURCE = Layout(tensor_parallel_size=2, pipeline_parallel_size=2)
 TARGET_PARTS = 4
+FILES, LAYERS = 10_000, 1000
+
+
+def described(model: ModelConfig, layout: Layout = SOURCE) -> Manifest:
+    """Return the manifest of a model without its files."""
+    specs = declarations(model)
+    records = parameter_records(specs, dict.fromkeys(specs, (1.0, 1.0)))
+    return Manifest(model=model, layout=layout, progress=Progress(), parameters=records, files={})
 
 
 def write_random(path: Path, model: ModelConfig) -> None:
@@ -50,24 +74,31 @@ def write_random(path: Path, model: ModelConfig) -> None:
     def box(name: str, state: str, region: Region) -> np.ndarray[Any, Any]:
         return np.resize(noise, region_shape(region))
 
-    specs = declarations(model)
-    files = plan_files(specs, (WEIGHT,), SOURCE, lambda name, state: "bfloat16", box)
-    write_checkpoint(path, Alone(), files, partial(_manifest, model))
+    files = plan_files(declarations(model), (WEIGHT,), SOURCE, lambda name, state: "bfloat16", box)
+    write_checkpoint(path, Alone(), files, described(model))
 
 
-def _manifest(model: ModelConfig, files: Any) -> Manifest:
-    specs = declarations(model)
-    records = parameter_records(specs, dict.fromkeys(specs, (1.0, 1.0)))
-    return Manifest(model=model, layout=SOURCE, progress=Progress(), parameters=records, files=files)
+def flush(folder: Path) -> None:
+    """Flush a directory's files to the disk."""
+    for file in folder.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def copied(source: Path, target: Path) -> None:
     """Copy as ``cp -r`` does, and flush."""
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)
-    for file in target.iterdir():
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    flush(target)
+
+
+def copied_by_two(source: Path, target: Path) -> None:
+    """Let two ``cp`` copy half of the files each, and flush."""
+    target.mkdir()
+    files = sorted(source.iterdir(), key=lambda file: file.stat().st_size)
+    running = [subprocess.Popen(["cp", *map(str, files[half::2]), str(target)]) for half in (0, 1)]
+    assert not any([process.wait() for process in running])
+    flush(target)
 
 
 def seconds_of(run: Callable[[], Any]) -> float:
@@ -88,53 +119,98 @@ def resharding(folder: Path, model: ModelConfig, rounds: int) -> dict[str, float
     source, target = folder / "source", folder / "target"
     write_random(source, model)
     words = ("convert", source, target, f"tensor_parallel_size={TARGET_PARTS}")
-    times: dict[str, list[float]] = {"cp": [], "one": [], "two": []}
+    runs = {
+        "one": partial(command, megacore_command(*words)),
+        "cp": partial(copied, source, target),
+        "two": partial(command, mpi_command(2, *words)),
+        "cp2": partial(copied_by_two, source, target),
+    }
+    times: dict[str, list[float]] = {who: [] for who in runs}
     peak = 0
-    for _ in range(rounds):
-        for who, run in (
-            ("cp", partial(copied, source, target)),
-            ("one", partial(command, megacore_command(*words))),
-            ("two", partial(command, mpi_command(2, *words))),
-        ):
-            times[who].append(seconds_of(run))
+    for number in range(rounds + 1):
+        for who, run in runs.items():
+            seconds = seconds_of(run)
             shutil.rmtree(target)
-            if who == "one" and not peak:  # before mpirun's children are counted
+            if number:  # the first round only finds the memory in which files are cached
+                times[who].append(seconds)
+            elif who == "one":  # before other children are counted
                 peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    shutil.rmtree(source)
     shard = Shard(0, TARGET_PARTS)
     largest = max(math.prod(region_shape(spec.local_region(shard))) * 2 for spec in declarations(model).values())
-    copy, one, two = (statistics.median(times[who]) for who in ("cp", "one", "two"))
-    size = sum(math.prod(spec.shape) * 2 for spec in declarations(model).values())
-    print(f"{size / 1e9:.2f} GB: cp -r {copy:.1f} s, 1 rank {one:.1f} s, 2 ranks {two:.1f} s; peak {peak / 1e6:.0f} MB")
+    median = {who: statistics.median(values) for who, values in times.items()}
+    size = described(model).num_parameters * 2
+    print(
+        f"{size / 1e9:.2f} GB: cp -r {median['cp']:.2f} s, 1 rank {median['one']:.2f} s, "
+        f"2 ranks {median['two']:.2f} s, two cp {median['cp2']:.2f} s; peak {peak / 1e6:.0f} MB"
+    )
     return {
-        "reshard_vs_cp": one / copy,
+        "reshard_vs_cp": median["one"] / median["cp"],
         "reshard_rss_excess_mb": (peak - 2 * largest) / 1e6,
-        "ranks2_speedup": one / two,
+        "ranks2_speedup": median["one"] / median["two"],
+        "ranks2_vs_cp2": median["two"] / median["cp2"],
     }
 
 
 def stall(folder: Path, model: ModelConfig, rounds: int) -> float:
-    """Return what a background save takes from the caller, by what a waiting save does: weights and moments, fp32."""
+    """Return what a background save adds to the steps beside it, by what a waiting one does: fp32, with moments."""
     specs = declarations(model)
     values = {name: np.ones(spec.shape, np.float32) for name, spec in specs.items()}
     states = (WEIGHT, *MOMENTS)
     files = plan_files(
         specs, states, Layout(), lambda name, state: "float32", lambda name, state, region: _cut(values[name], region)
     )
-    pieces = [piece for _, file in files for piece in file]
-    times: dict[bool, list[float]] = {True: [], False: []}
-    for number in range(rounds):
-        for background in (True, False):
-            saver = Saver(Alone(), background)
-            path = folder / f"{background}-{number}"
-            times[background].append(
-                seconds_of(partial(saver.save, path, pieces, partial(_manifest, model), lambda: None))
-            )
-            saver.wait()
+    pieces, manifest = [piece for _, file in files for piece in file], described(model, Layout())
+    torch.set_num_threads(1)
+    a, b = torch.randn(2, 768, 768)
+    savers = {"waiting": Saver(Alone(), in_background=False), "beside": Saver(Alone(), in_background=True)}
+
+    def train(kind: str, steps: int) -> float:
+        """Return the seconds of a save, if it is one of `savers`, and of the steps after it."""
+        path = folder / kind
+
+        def run() -> None:
+            if kind in savers:
+                savers[kind].save(path, pieces, manifest, lambda: None)
+            for _ in range(steps):
+                torch.mm(a, b)
+
+        seconds = seconds_of(run)
+        if kind in savers:
+            savers[kind].wait()
             shutil.rmtree(path)
-    waiting, beside = (statistics.median(times[kind]) for kind in (False, True))
+        return seconds
+
+    train("beside", 0)  # the first save makes the memory for the copy
+    steps = int(100 * 2 * train("waiting", 0) / train("plain", 100))  # twice as long as a save
+    times = {kind: [train(kind, steps) for _ in range(rounds)] for kind in ("plain", *savers)}
+    plain, waiting, beside = (statistics.median(seconds) for seconds in times.values())
     size = 3 * sum(array.nbytes for array in values.values())
-    print(f"save of {size / 1e9:.2f} GB: {waiting:.2f} s, in the background {beside:.2f} s")
-    return beside / waiting
+    print(
+        f"save of {size / 1e9:.2f} GB beside {steps} steps of {plain:.2f} s: waiting +{waiting - plain:.2f} s, "
+        f"in the background +{beside - plain:.2f} s"
+    )
+    return (beside - plain) / (waiting - plain)
+
+
+def opening(folder: Path) -> float:
+    """Return how long it takes to open a checkpoint of many files, none of which need be there for that."""
+    model = validated(ModelConfig, {"preset": "llama-1b3", "num_hidden_layers": LAYERS})
+    manifest = described(model, Layout(data_parallel_size=FILES))
+    bounds = [number * len(manifest.parameters) // FILES for number in range(FILES + 1)]
+    files = {
+        f"rank{number:05d}.safetensors": FileRecord(
+            size=1 << 30,
+            header=f"{number:032x}",
+            states={"weight": "float32", "exp_avg": "float32", "exp_avg_sq": "float32"},
+            holds=((bounds[number], max(bounds[number] + 1, bounds[number + 1])),),
+        )
+        for number in range(FILES)
+    }
+    (folder / MANIFEST).write_text(manifest.model_copy(update={"files": files}).to_json())
+    seconds = seconds_of(partial(CheckpointReader, folder))
+    print(f"{FILES:,} files, {len(manifest.parameters):,} parameters: opened in {seconds:.2f} s")
+    return seconds
 
 
 def _cut(values: np.ndarray[Any, Any], region: Region) -> np.ndarray[Any, Any]:
@@ -150,8 +226,9 @@ def main() -> None:
     model = validated(ModelConfig, {"preset": "llama-1b3", **(sizes if small else {})})
     saved = validated(ModelConfig, {"preset": "llama-1b3", **sizes})
     with tempfile.TemporaryDirectory() as folder:
-        figures = resharding(Path(folder), model, rounds=3)
+        figures = resharding(Path(folder), model, rounds=3 if small else 5)
         figures["async_stall_ratio"] = stall(Path(folder), saved, rounds=3)
+        figures["open_10k_files_s"] = opening(Path(folder))
     print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
 
 

@@ -1,4 +1,4 @@
-"""``megacore grow``, ``verify`` and ``inspect``: what is done to checkpoints."""
+"""``megacore grow``, ``verify`` and ``diff``: what is done to checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 
 from launcher.bars import byte_bar
 from launcher.options import one_of
-from megacore.communicator import mpi_or_alone, together
+from megacore.communicator import Alone, mpi_or_alone, together
 from megacore.errors import ConfigError
 from megacore.publish import os_errors, replace_file
 
@@ -48,9 +48,11 @@ def grow(
     from megacore.growth.execute import GrowthOutput, grow_checkpoint, planned_files
     from megacore.growth.plan import Symmetry, make_plan
     from megacore.settings import parse_overrides, validated
+    from megacore.training.runs import followed
 
     group = mpi_or_alone()
     began = time.perf_counter()
+    source = followed(source, group)
     with together(group):
         one_of("--optimizer", optimizer, ("map", "reset"))
         if dtype is not None:
@@ -68,7 +70,7 @@ def grow(
     if group.rank == 0:
         seconds = time.perf_counter() - began
         changed = ", ".join(f"{key} {old} → {plan.changes['to'][key]}" for key, old in plan.changes["from"].items())
-        before, after = _parameter_count(reader.manifest.specs()), _parameter_count(plan.specs)
+        before, after = reader.manifest.num_parameters, sum(math.prod(spec.shape) for spec in plan.specs.values())
         typer.echo(f"{target}: {changed or 'same sizes'}; {before:,} → {after:,} parameters")
         typer.echo(f"{total / 1e6:.1f} MB written by {group.size} ranks in {seconds:.1f} s")
         if json_file:
@@ -92,13 +94,21 @@ def verify(
     tolerance: float = typer.Option(1e-5, min=0, help="Largest relative difference of logits that passes."),
     json_file: Path = typer.Option(None, "--json", help="Write the figures of the comparison here."),
 ) -> None:
-    """Check that a checkpoint is complete, unaltered and finite; with --against, that it computes the same."""
+    """Check that a checkpoint is complete, unaltered and finite; with --against, that it computes the same.
+
+    Exit code 0: all is well; 1: the two compute different things; 2: a checkpoint is damaged, or cannot be compared.
+    """
     import torch
 
     from megacore.checkpoint.reader import CheckpointReader
     from megacore.growth.verify import check_integrity, compare, random_batch
+    from megacore.training.runs import followed
 
     one_of("--dtype", dtype, ("float32", "float64"))
+    for option, value in (("--data", data), ("--json", json_file)):
+        if value is not None and against is None:
+            raise ConfigError(f"{option} {value}: is about a comparison; add --against CHECKPOINT, or leave it out")
+    checkpoint = followed(checkpoint, Alone())
     reader = CheckpointReader(checkpoint)
     size = sum(file.size for file in reader.manifest.files.values())
     with byte_bar("reading", size, enabled=True) as advance:
@@ -106,7 +116,7 @@ def verify(
     typer.echo(f"{checkpoint}: complete, {checked / 1e6:.1f} MB, every checksum right, all values finite")
     if against is None:
         return
-    other = CheckpointReader(against)
+    other = CheckpointReader(followed(against, Alone()))
     batches = _data_batches(data, samples, reader.manifest.model) if data else [random_batch(reader.manifest.model)]
     result = compare(other, reader, batches, getattr(torch, dtype))
     worst = max(result.relative_errors.values())
@@ -126,11 +136,15 @@ def diff(
     first: Path = _SOURCE,
     second: Path = typer.Argument(..., help="The other one.", show_default=False),
 ) -> None:
-    """Show what differs between two checkpoints of any layouts; exit code 1 if anything does."""
+    """Show what differs between two checkpoints of any layouts.
+
+    Exit code 0: nothing; 1: something; 2: a checkpoint is damaged.
+    """
     from megacore.checkpoint.diff import configuration_differences, tensor_differences
     from megacore.checkpoint.reader import CheckpointReader
+    from megacore.training.runs import followed
 
-    readers = CheckpointReader(first), CheckpointReader(second)
+    readers = CheckpointReader(followed(first, Alone())), CheckpointReader(followed(second, Alone()))
     settings = configuration_differences(*readers)
     with byte_bar("comparing", None, enabled=True) as advance:
         tensors = list(tensor_differences(*readers, advance))
@@ -147,42 +161,6 @@ def diff(
     if settings or tensors:
         raise typer.Exit(1)
     typer.echo("the same")
-
-
-def inspect(
-    checkpoint: Path = _SOURCE,
-    parameters: bool = typer.Option(False, "--parameters", help="List every parameter with its axes."),
-) -> None:
-    """Show what a checkpoint holds: model, layout, progress, lineage, files."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from megacore.checkpoint.reader import CheckpointReader
-
-    manifest = CheckpointReader(checkpoint).manifest
-    console = Console(highlight=False)
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for title, values in (("model", manifest.model), ("layout", manifest.layout), ("progress", manifest.progress)):
-        table.add_row(title, ", ".join(f"{key}={value}" for key, value in values.model_dump().items()))
-    table.add_row("parameters", f"{_parameter_count(manifest.specs()):,}")
-    table.add_row("states", ", ".join(manifest.states))
-    size = sum(file.size for file in manifest.files.values())
-    table.add_row("files", f"{len(manifest.files)}, {size / 1e6:.1f} MB")
-    for event in manifest.lineage:
-        table.add_row("lineage", json.dumps(event, ensure_ascii=False))
-    console.print(table)
-    if parameters:
-        listing = Table("parameter", "axes (role)", "shape", "lr ×", "eps ×", box=None, pad_edge=False)
-        for name, record in manifest.parameters.items():
-            axes = ", ".join(f"{axis.name} ({axis.role})" for axis in record.axes)
-            shape = " × ".join(str(axis.size) for axis in record.axes)
-            multipliers = f"{record.learning_rate_multiplier:g}", f"{record.adam_eps_multiplier:g}"
-            listing.add_row(name, axes, shape, *multipliers)
-        console.print(listing)
-
-
-def _parameter_count(specs: dict[str, Any]) -> int:
-    return sum(math.prod(spec.shape) for spec in specs.values())
 
 
 def _write_json(path: Path, figures: dict[str, Any]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +16,11 @@ from megacore.communicator import mpi_or_alone, together
 from megacore.errors import ConfigError
 
 if TYPE_CHECKING:
+    from launcher.bars import Advance
+    from megacore.communicator import Communicator
+    from megacore.config import ParallelConfig
     from megacore.convert.imports import Import, Source
+    from megacore.model_config import ModelConfig
 
 _SOURCES = ("auto", "megacore", "hf", "deepspeed", "megatron")
 _TARGETS = ("megacore", "hf", "deepspeed-universal", "megatron")
@@ -39,20 +45,14 @@ def convert(
 
     A run needs none of this to resume at another layout.
     """
-    from megacore.checkpoint.reader import CheckpointReader
     from megacore.config import ParallelConfig
-    from megacore.convert.deepspeed import DeepSpeedSource
-    from megacore.convert.huggingface import HuggingFaceSource, export_huggingface
-    from megacore.convert.imports import import_checkpoint
-    from megacore.convert.megatron import MegatronSource
-    from megacore.convert.megatron_export import export_megatron
-    from megacore.convert.reshard import reshard
-    from megacore.convert.universal import export_universal
     from megacore.model_config import ModelConfig
     from megacore.settings import parse_overrides, read_yaml, validated
+    from megacore.training.runs import followed
 
     group = mpi_or_alone()
     began = time.perf_counter()
+    source = followed(source, group)
     with together(group):
         one_of("--from", source_format, _SOURCES)
         one_of("--to", target_format, _TARGETS)
@@ -72,9 +72,60 @@ def convert(
         if layout and target_format == "hf":
             raise ConfigError(f"{layout[0]}: a Hugging Face directory has no layout")
         parallel = validated(ParallelConfig, parse_overrides(layout or ()))
-        reader = CheckpointReader(source) if known == "megacore" else None
         model = None if config is None else validated(ModelConfig, read_yaml(config).get("model", {}), f"{config}: ")
-        stored = None if dtype is None else _DTYPES[dtype]
+    with byte_bar("converting (rank 0)", None, enabled=group.rank == 0) as advance:
+        job = _Job(target, parallel, None if dtype is None else _DTYPES[dtype], weights_only, group, advance)
+        if known == "megacore":
+            _from_megacore(source, target_format, job)
+        else:
+            _to_megacore(source, known, model, job)
+    if group.rank == 0:
+        typer.echo(f"{target}: {known} → {target_format}, {time.perf_counter() - began:.1f} s with {group.size} ranks")
+
+
+@dataclass(frozen=True)
+class _Job:
+    target: Path
+    parallel: ParallelConfig
+    dtype: str | None
+    weights_only: bool
+    group: Communicator
+    advance: Advance
+
+
+# What a format needs is imported with it: torch and its models take longer to start than many a checkpoint to move.
+
+
+def _from_megacore(source: Path, target_format: str, job: _Job) -> None:
+    from megacore.checkpoint.reader import CheckpointReader
+
+    with together(job.group):
+        reader = CheckpointReader(source)
+    if target_format == "hf":
+        from megacore.convert.huggingface import export_huggingface
+
+        export_huggingface(reader, job.target, job.dtype or "float32", job.group, job.advance)
+    elif target_format == "megatron":
+        from megacore.convert.megatron_export import export_megatron
+
+        export_megatron(reader, job.target, job.parallel, job.dtype or "float32", job.group, job.advance)
+        options = "--transformer-impl local --no-load-optim --no-load-rng"
+        _say(job.group, "left out", (f"the optimizer's state; start Megatron-LM with {options}",))
+    elif target_format == "deepspeed-universal":
+        from megacore.convert.universal import export_universal
+
+        export_universal(reader, job.target, job.parallel, job.group, job.advance)
+    else:
+        from megacore.convert.reshard import reshard
+
+        reshard(reader, job.target, job.parallel, job.group, job.weights_only, job.dtype, on_progress=job.advance)
+
+
+def _to_megacore(source: Path, known: str, model: ModelConfig | None, job: _Job) -> None:
+    from megacore.convert.deepspeed import DeepSpeedSource
+    from megacore.convert.huggingface import HuggingFaceSource
+    from megacore.convert.imports import import_checkpoint
+    from megacore.convert.megatron import MegatronSource
 
     def opened() -> Source:
         if known == "hf":
@@ -82,25 +133,15 @@ def convert(
         return MegatronSource(source, model) if known == "megatron" else DeepSpeedSource(source, model)
 
     def started(facts: Import) -> None:
-        for what, names in (("new, from initial values", facts.new), ("left out", facts.left_out)):
-            if names and group.rank == 0:
-                typer.echo(f"{what}: {', '.join(names)}")
+        _say(job.group, "new, from initial values", facts.new)
+        _say(job.group, "left out", facts.left_out)
 
-    with byte_bar("converting (rank 0)", None, enabled=group.rank == 0) as advance:
-        if reader is None:
-            import_checkpoint(opened, target, parallel, group, stored, weights_only, started, advance)
-        elif target_format == "hf":
-            export_huggingface(reader, target, stored or "float32", group, advance)
-        elif target_format == "megatron":
-            export_megatron(reader, target, parallel, stored or "float32", group, advance)
-        elif target_format == "deepspeed-universal":
-            export_universal(reader, target, parallel, group, advance)
-        else:
-            reshard(reader, target, parallel, group, weights_only, stored, on_progress=advance)
-    if group.rank == 0:
-        if target_format == "megatron":
-            typer.echo("without optimizer; Megatron-LM: --transformer-impl local --no-load-optim --no-load-rng")
-        typer.echo(f"{target}: {known} → {target_format}, {time.perf_counter() - began:.1f} s with {group.size} ranks")
+    import_checkpoint(opened, job.target, job.parallel, job.group, job.dtype, job.weights_only, started, job.advance)
+
+
+def _say(group: Communicator, what: str, names: Sequence[str]) -> None:
+    if names and group.rank == 0:
+        typer.echo(f"{what}: {', '.join(names)}")
 
 
 _MARKS = {
@@ -117,7 +158,7 @@ _MARKS = {
 
 def _detected(path: Path) -> str:
     for pattern, kind in _MARKS.items():
-        if any(path.glob(pattern)):
+        if any(file.is_file() for file in path.glob(pattern)):  # a run's "latest" is a link to a directory
             return kind
     raise ConfigError(
         f"{path}: neither a checkpoint (manifest.json), nor a Hugging Face directory (config.json), nor DeepSpeed's "

@@ -76,6 +76,15 @@ def replace_file(path: Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
+def point_link(link: Path, name: str) -> None:
+    """Make a symbolic link to a neighbour, or switch it to another one at once; no reader ever misses it."""
+    fresh = link.with_name(link.name + INCOMPLETE)
+    fresh.unlink(missing_ok=True)  # left by a job that was killed
+    fresh.symlink_to(name)
+    fresh.replace(link)
+    _sync_directory(link.parent)
+
+
 def _sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

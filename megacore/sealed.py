@@ -10,8 +10,19 @@ _SEAL = "sha256"
 
 
 def seal(body: dict[str, Any]) -> str:
-    """Serialise an object with the checksum of everything else in it."""
-    return json.dumps(body | {_SEAL: digest(body)}, indent=1, ensure_ascii=False) + "\n"
+    """Serialise an object with the checksum of everything else in it; a line for each entry of a section."""
+    sections = (f"{_json(key)}: {_section(value)}" for key, value in (body | {_SEAL: digest(body)}).items())
+    return "{\n" + ",\n".join(sections) + "\n}\n"
+
+
+def _section(value: Any) -> str:
+    if not isinstance(value, dict) or not value:
+        return _json(value)
+    return "{\n" + ",\n".join(f"  {_json(key)}: {_json(entry)}" for key, entry in value.items()) + "\n}"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def unseal(text: str) -> dict[str, Any]:

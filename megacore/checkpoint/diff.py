@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megacore.checkpoint.reader import CheckpointReader
-from megacore.params import Region
+from megacore.specs import Region
 
 _BLOCK = 1 << 22
 """Entries compared at once."""

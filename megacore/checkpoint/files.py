@@ -6,16 +6,17 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from megacore.checkpoint.manifest import Layout
-from megacore.checkpoint.stream import ITEM_BYTES
+from megacore.checkpoint.pieces import Piece
+from megacore.checkpoint.stream import NUMPY
 from megacore.checkpoint.writer import FileToWrite, PieceToWrite
 from megacore.communicator import Communicator
 from megacore.config import ParallelConfig
-from megacore.params import ParamSpec, Region, Shard, region_shape
+from megacore.specs import Region, Shard, TensorSpec, region_shape
 
 _BLOCK_ENTRIES = 1 << 21
 """Entries of a tensor that are computed at once: bounds the memory, 16 MiB in float64."""
@@ -23,7 +24,7 @@ MAX_FILE_BYTES = 1 << 30
 """A tensor-parallel rank's tensors are spread over files of about this size."""
 _BLOCK_NAME = re.compile(r"(.*\.)?layers\.\d+\.")
 
-BoxOf = Callable[[str, str, Region], NDArray[np.floating]]
+BoxOf = Callable[[str, str, Region], NDArray[Any]]
 """(parameter, state, box) -> its values."""
 
 
@@ -35,7 +36,7 @@ def layout_of(parallel: ParallelConfig) -> Layout:
 
 
 def plan_files(
-    specs: Mapping[str, ParamSpec],
+    specs: Mapping[str, TensorSpec],
     states: Iterable[str],
     layout: Layout,
     dtype_of: Callable[[str, str], str],
@@ -58,7 +59,7 @@ def plan_files(
         for rank in range(layout.tensor_parallel_size):
             shard = Shard(rank, layout.tensor_parallel_size)
             pieces = [
-                PieceToWrite(state, name, region, None, dtype_of(name, state), blocks)
+                PieceToWrite(Piece(name, state, region, None, dtype_of(name, state)), blocks)
                 for name, spec in held.items()
                 if rank == 0 or spec.sharded_dim is not None  # replicated parameters are stored once
                 for region in [spec.local_region(shard)]
@@ -70,11 +71,11 @@ def plan_files(
     return files
 
 
-def _stages(specs: Mapping[str, ParamSpec], parts: int) -> list[dict[str, ParamSpec]]:
+def _stages(specs: Mapping[str, TensorSpec], parts: int) -> list[dict[str, TensorSpec]]:
     """Cut the parameters, in order, into pipeline stages of about equal numbers of blocks."""
     blocks = {match[0]: None for name in specs if (match := _BLOCK_NAME.match(name))}
     stage_of = {block: number * parts // len(blocks) for number, block in enumerate(blocks)}
-    stages: list[dict[str, ParamSpec]] = [{} for _ in range(parts)]
+    stages: list[dict[str, TensorSpec]] = [{} for _ in range(parts)]
     stage = 0
     for name, spec in specs.items():
         match = _BLOCK_NAME.match(name)
@@ -86,55 +87,55 @@ def _stages(specs: Mapping[str, ParamSpec], parts: int) -> list[dict[str, ParamS
 def _chunks(pieces: list[PieceToWrite], max_file_bytes: int) -> Iterator[list[PieceToWrite]]:
     chunk: list[PieceToWrite] = []
     size = 0
-    for piece in pieces:
-        if chunk and size + piece_bytes(piece) > max_file_bytes:
+    for item in pieces:
+        more = item.piece.entry.nbytes
+        if chunk and size + more > max_file_bytes:
             yield chunk
             chunk, size = [], 0
-        chunk.append(piece)
-        size += piece_bytes(piece)
+        chunk.append(item)
+        size += more
     if chunk:
         yield chunk
 
 
-def _blocks(box_of: BoxOf, name: str, state: str, region: Region) -> Iterator[NDArray[np.floating]]:
+def _blocks(box_of: BoxOf, name: str, state: str, region: Region) -> Iterator[NDArray[Any]]:
     rows = max(1, _BLOCK_ENTRIES // math.prod(region_shape(region)[1:]))
     first, stop = region[0]
     for start in range(first, stop, rows):
         yield box_of(name, state, ((start, min(start + rows, stop)), *region[1:]))
 
 
-def piece_bytes(piece: PieceToWrite) -> int:
-    """Return the size of a piece's values."""
-    return math.prod(piece.shape) * ITEM_BYTES[piece.dtype]
-
-
 def planned_bytes(files: Iterable[FileToWrite]) -> int:
     """Return the size of all tensors of some files."""
-    return sum(piece_bytes(piece) for _, pieces in files for piece in pieces)
+    return sum(piece.entry.nbytes for _, pieces in files for piece, _ in pieces)
 
 
 def share_of(
     files: list[FileToWrite], group: Communicator, on_progress: Callable[[int], None] = lambda size: None
 ) -> Iterator[FileToWrite]:
-    """Give each file, largest first, to the rank with the least work so far; yield this rank's.
+    """Give each rank files that follow each other, of about as many bytes as the others'; yield this rank's.
+
+    Neighbours are made from the same parts of a source, which a rank then checks once.
 
     Args:
         files: of all ranks.
         group: the ranks that write.
         on_progress: called with the number of bytes of each block this rank has written.
     """
-    loads = [0] * group.size
-    for file in sorted(files, key=lambda file: planned_bytes([file]), reverse=True):
-        rank = loads.index(min(loads))
-        loads[rank] += planned_bytes([file])
-        if rank == group.rank:
-            yield file[0], [_counted(piece, on_progress) for piece in file[1]]
+    total, before = planned_bytes(files), 0
+    for name, pieces in files:
+        size = planned_bytes([(name, pieces)])
+        middle, before = before + size / 2, before + size
+        if int(middle * group.size / max(1, total)) == group.rank:
+            yield name, [_counted(item, on_progress) for item in pieces]
 
 
-def _counted(piece: PieceToWrite, on_progress: Callable[[int], None]) -> PieceToWrite:
-    def blocks() -> Iterator[NDArray[np.floating]]:
-        for block in piece.blocks():
+def _counted(item: PieceToWrite, on_progress: Callable[[int], None]) -> PieceToWrite:
+    size = NUMPY[item.piece.dtype].itemsize
+
+    def blocks() -> Iterator[NDArray[Any]]:
+        for block in item.blocks():
             yield block
-            on_progress(block.size * ITEM_BYTES[piece.dtype])
+            on_progress(block.size * size)
 
-    return piece._replace(blocks=blocks)
+    return item._replace(blocks=blocks)

@@ -15,6 +15,7 @@ from megacore.params import Declare, declared
 
 def load_weights(model: nn.Module, reader: CheckpointReader) -> None:
     """Set every parameter of a model to the box of the checkpoint that it holds."""
+    reader.specs()
     with torch.no_grad():
         for name, parameter in declared(model):
             parameter.copy_(torch.from_numpy(reader.read(name, WEIGHT, parameter.region)))

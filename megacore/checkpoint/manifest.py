@@ -1,13 +1,15 @@
-"""The manifest of a checkpoint: what it holds, how it is cut into files, where it came from.
+"""The manifest of a checkpoint: what it holds, which files it has, where it came from.
 
-``manifest.json`` is the only entry to a checkpoint. It names every piece of every tensor with its place in the
-global tensor and its checksum, so that a reader needs no knowledge of the layout that wrote it.
+``manifest.json`` is the only entry to a checkpoint. It says which parameters each file holds pieces of, and has the
+checksum of the file's header, where each piece is described (`megacore.checkpoint.pieces`): so a reader needs no
+knowledge of the layout that wrote it, and opening a checkpoint reads one small file, however many there are.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,18 +24,18 @@ from pydantic import (
     ValidationError,
 )
 
+from megacore.axes import AXES
 from megacore.errors import CheckpointError, ConfigError
 from megacore.model_config import ModelConfig
-from megacore.models.transformer import declarations
-from megacore.params import ParamSpec, Region
 from megacore.sealed import digest, seal, unseal
 from megacore.settings import validated
+from megacore.specs import Dim, ParamSpec, Role, TensorSpec
 
 MANIFEST = "manifest.json"
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATES = (WEIGHT, *MOMENTS)
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class Record(BaseModel):
@@ -42,31 +44,17 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Piece(Record):
-    """One stored tensor: a box of a global tensor, or a flat run of the box's entries (a ZeRO partition's share)."""
-
-    state: Literal["weight", "exp_avg", "exp_avg_sq"]
-    parameter: str
-    region: tuple[tuple[NonNegativeInt, NonNegativeInt], ...]
-    """The box [start, stop) in the global tensor, one pair for each dim."""
-    run: tuple[NonNegativeInt, NonNegativeInt] | None = None
-    """[start, stop) in the box's entries in row-major order; none if the whole box is stored, in its shape."""
-    dtype: Literal["float32", "float64", "bfloat16"]
-    sha256: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the stored tensor."""
-        if self.run is not None:
-            return (self.run[1] - self.run[0],)
-        return tuple(stop - start for start, stop in self.region)
-
-
 class FileRecord(Record):
-    """One safetensors file: its size and its pieces by tensor name."""
+    """One safetensors file."""
 
     size: NonNegativeInt
-    pieces: dict[str, Piece]
+    """In bytes."""
+    header: str
+    """XXH3-128 of the file's header, its length included; the header has the checksums of the tensors."""
+    states: dict[Literal["weight", "exp_avg", "exp_avg_sq"], Literal["float32", "float64", "bfloat16"]]
+    """What it has pieces of, and the type in which they are stored."""
+    holds: tuple[tuple[NonNegativeInt, PositiveInt], ...]
+    """Runs [start, stop) of the manifest's parameters, by their number, that the file has pieces of."""
 
 
 class AxisRecord(Record):
@@ -83,6 +71,10 @@ class ParameterRecord(Record):
     axes: tuple[AxisRecord, ...]
     learning_rate_multiplier: float = Field(1.0, gt=0)
     adam_eps_multiplier: float = Field(1.0, gt=0)
+
+    def spec(self) -> TensorSpec:
+        """Return the axes."""
+        return TensorSpec(tuple(Dim(axis.name, Role(axis.role), axis.size) for axis in self.axes))
 
 
 class Layout(Record):
@@ -139,7 +131,7 @@ class Manifest(Record):
     """The whole manifest."""
 
     format: Literal["megacore-checkpoint"] = "megacore-checkpoint"
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     model: ModelConfig
     layout: Layout
     progress: Progress
@@ -153,12 +145,40 @@ class Manifest(Record):
     @property
     def states(self) -> tuple[str, ...]:
         """The states stored for every parameter: the weight, and Adam's moments if the optimizer was saved."""
-        stored = {piece.state for file in self.files.values() for piece in file.pieces.values()}
+        stored = {state for file in self.files.values() for state in file.states}
         return tuple(state for state in STATES if state in stored)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the global shape of every parameter."""
+        return {name: tuple(axis.size for axis in record.axes) for name, record in self.parameters.items()}
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of entries of all parameters."""
+        return sum(math.prod(shape) for shape in self.shapes().values())
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Return every parameter's axes: enough to cut it for another layout."""
+        return {name: record.spec() for name, record in self.parameters.items()}
+
     def specs(self) -> dict[str, ParamSpec]:
-        """Return the declarations of the model that this version of megacore makes of ``model``."""
-        return declarations(self.model)
+        """Return the declarations of the model that this version of megacore makes of ``model``.
+
+        Raises:
+            CheckpointError: they are not the parameters that the manifest describes.
+        """
+        from megacore.models.transformer import declarations  # needs torch
+
+        declared = declarations(self.model)
+        for name in declared.keys() ^ self.parameters.keys():
+            what = "is missing" if name in declared else "does not belong to the model"
+            raise CheckpointError(f"{MANIFEST}: the parameter {name} {what}")
+        for name, record in self.parameters.items():
+            if record.spec().dims != declared[name].dims:
+                raise CheckpointError(
+                    f"{MANIFEST}: the axes of {name} are {record.spec().dims}; the model has {declared[name].dims}"
+                )
+        return declared
 
     def to_json(self) -> str:
         """Serialise with a checksum over everything else."""
@@ -166,12 +186,12 @@ class Manifest(Record):
 
     @property
     def digest(self) -> str:
-        """A checksum of everything the checkpoint is (its pieces' checksums included)."""
+        """A checksum of everything the checkpoint is (its files' headers, with the tensors' checksums, included)."""
         return digest(self.model_dump(mode="json"))
 
 
 def parameter_records(
-    specs: dict[str, ParamSpec], multipliers: dict[str, tuple[float, float]]
+    specs: Mapping[str, TensorSpec], multipliers: Mapping[str, tuple[float, float]]
 ) -> dict[str, ParameterRecord]:
     """Describe parameters for the manifest, with their (learning rate, Adam eps) multipliers."""
     return {
@@ -206,8 +226,11 @@ def read_manifest(path: Path) -> Manifest:
     try:
         validated(ModelConfig, body.get("model", {}))
         manifest = Manifest.model_validate(body)
-    except (ValidationError, ConfigError) as error:
+    except ConfigError as error:
         raise CheckpointError(f"{file}: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CheckpointError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     _check_consistency(file, manifest)
     return manifest
 
@@ -228,28 +251,13 @@ def carried_manifest(text: Any, where: str) -> Manifest:
 
 
 def _check_consistency(file: Path, manifest: Manifest) -> None:
-    """Check that the manifest describes the model it names, and that every piece lies inside its tensor."""
-    expected = parameter_records(manifest.specs(), {name: (1.0, 1.0) for name in manifest.specs()})
-    for name in expected.keys() ^ manifest.parameters.keys():
-        what = "is missing" if name in expected else "does not belong to the model"
-        raise CheckpointError(f"{file}: the parameter {name} {what}")
+    """Check that sizes are those of the model that the manifest names, and that every file can be one."""
     for name, record in manifest.parameters.items():
-        if record.axes != expected[name].axes:
-            raise CheckpointError(f"{file}: the axes of {name} are {record.axes}; the model has {expected[name].axes}")
+        for axis in record.axes:
+            if axis.name not in AXES or manifest.model.axis_size(axis.name) != axis.size:
+                raise CheckpointError(f"{file}: {name} has axes, {axis.name}={axis.size}, that the model does not have")
     for file_name, stored in manifest.files.items():
         if not re.fullmatch(r"[A-Za-z0-9._-]+\.safetensors", file_name):
             raise CheckpointError(f"{file}: '{file_name}' is not a file name of a checkpoint")
-        for key, piece in stored.pieces.items():
-            axes = expected[piece.parameter].axes if piece.parameter in expected else None
-            if axes is None or not _inside(piece, tuple(axis.size for axis in axes)):
-                raise CheckpointError(f"{file}: {file_name}: the piece {key} does not fit into {piece.parameter}")
-
-
-def _inside(piece: Piece, shape: tuple[int, ...]) -> bool:
-    region: Region = piece.region
-    if len(region) != len(shape):
-        return False
-    if not all(start < stop <= size for (start, stop), size in zip(region, shape, strict=True)):
-        return False
-    entries = math.prod(stop - start for start, stop in region)
-    return piece.run is None or piece.run[0] < piece.run[1] <= entries
+        if not all(start < stop <= len(manifest.parameters) for start, stop in stored.holds):
+            raise CheckpointError(f"{file}: {file_name} holds parameters that the manifest does not have")

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
-from megacore.checkpoint.assemble import FloatArray, Rows, Run, as_array, assembled, follow_each_other, read_runs
-from megacore.checkpoint.manifest import FileRecord, Manifest, Piece, read_manifest
-from megacore.checkpoint.tensor_file import TensorFile
+from megacore.checkpoint.assemble import Rows, Run, assembled, follow_each_other, read_runs
+from megacore.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from megacore.checkpoint.pieces import Piece, PieceFile
+from megacore.checkpoint.stream import NUMPY
 from megacore.errors import CheckpointError
-from megacore.params import Region, region_shape
+from megacore.specs import ParamSpec, Region, region_shape
 
 _BLOCK = 1 << 22
-"""Entries read at once while a checksum is computed."""
+"""Entries read at once while everything is read."""
 _MAX_OPEN_FILES = 128
 """Of a checkpoint that may have thousands."""
+Item = tuple[str, Piece]
+"""A file's name, and a piece in it."""
 
 
 class CheckpointReader:
     """A checkpoint opened for reading.
 
-    Opening checks the manifest and that every file is there in its full size. A piece's checksum is checked when
-    the piece is first touched, so no value of a damaged piece is ever returned.
+    Opening reads the manifest alone. A file's size and header are checked when it is first opened, a piece's checksum
+    when the piece is first touched, so no value of a damaged piece is ever returned.
 
     Raises:
         CheckpointError: naming the file (and the tensor) that is missing, cut short or altered.
@@ -37,125 +41,135 @@ class CheckpointReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest: Manifest = read_manifest(path)
-        self._pieces: dict[tuple[str, str], list[tuple[str, str, Piece]]] = defaultdict(list)
-        for name, record in self.manifest.files.items():
-            self._check_size(name, record)
-            for key, piece in record.pieces.items():
-                self._pieces[piece.parameter, piece.state].append((name, key, piece))
-        self._open: dict[str, TensorFile] = {}
-        self._checked: set[tuple[str, str]] = set()
+        self._shapes = self.manifest.shapes()
+        self._numbers = {name: number for number, name in enumerate(self._shapes)}
+        self._names = list(self.manifest.files)
+        holds = [(*run, file) for file, record in enumerate(self.manifest.files.values()) for run in record.holds]
+        self._starts, self._stops, self._holders = np.array(holds, np.int64).reshape(-1, 3).T
+        self._open: dict[str, PieceFile] = {}
+        self._kept: tuple[tuple[str, str], NDArray[Any]] = ("", ""), np.empty(0)
+        self._items = lru_cache(maxsize=64)(self._find_items)
 
-    def _check_size(self, name: str, record: FileRecord) -> None:
-        file = self.path / name
+    def specs(self) -> dict[str, ParamSpec]:
+        """Return the declarations of the model, after a check that the checkpoint is of such a one.
+
+        Raises:
+            CheckpointError: this version of megacore makes other parameters of the model's configuration.
+        """
         try:
-            size = file.stat().st_size
-        except FileNotFoundError:
-            raise CheckpointError(f"{file} is missing") from None
-        if size != record.size:
-            raise CheckpointError(f"{file} has {size} bytes instead of {record.size}: it is cut short or altered")
+            return self.manifest.specs()
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}/{error}") from None
 
     def shape(self, parameter: str) -> tuple[int, ...]:
         """Return a parameter's global shape."""
-        return tuple(axis.size for axis in self.manifest.parameters[parameter].axes)
+        return self._shapes[parameter]
 
     def dtype(self, parameter: str, state: str) -> str:
         """Return the dtype in which a state of a parameter is stored."""
-        pieces = self._pieces[parameter, state]
-        if not pieces:
-            raise CheckpointError(f"{self.path}: {parameter} has no {state}")
-        return pieces[0][2].dtype
+        records = (self.manifest.files[file].states for file in self._files_of(parameter))
+        dtypes = {dtype for states in records for key, dtype in states.items() if key == state}
+        if len(dtypes) != 1:
+            raise CheckpointError(f"{self.path}: {parameter} has {'several types of' if dtypes else 'no'} {state}")
+        return dtypes.pop()
 
-    def read(self, parameter: str, state: str, region: Region | None = None) -> FloatArray:
+    def read(self, parameter: str, state: str, region: Region | None = None) -> NDArray[np.floating]:
         """Return a box of a global tensor (all of it by default), as a new array; bfloat16 becomes float32."""
+        values = self.read_stored(parameter, state, region)
+        if values.dtype.itemsize < 4:
+            return values.astype(np.float32)
+        return values.copy() if np.may_share_memory(values, self._kept[1]) else values
+
+    def read_stored(self, parameter: str, state: str, region: Region | None = None) -> NDArray[Any]:
+        """Return a box of a global tensor in the type in which it is stored; it must not be changed."""
+        found = self._boxes(parameter, state)
         region = region or tuple((0, size) for size in self.shape(parameter))
-        boxes = {box: partial(self._read_box, box, pieces) for box, pieces in self._boxes(parameter, state).items()}
-        result, filled = assembled(region, boxes, _array_dtype(self.dtype(parameter, state)))
+        if not found:
+            raise CheckpointError(f"{self.path}: {parameter} has no {state}")
+        dtype = next(iter(found.values()))[0][1].dtype
+        boxes = {box: partial(self._read_box, box, items) for box, items in found.items()}
+        result, filled = assembled(region, boxes, NUMPY[dtype])
         if filled != result.size:
             raise CheckpointError(f"{self.path}: {filled} of {result.size} entries of {parameter}/{state} are stored")
         return result
 
-    def _boxes(self, parameter: str, state: str) -> dict[Region, list[tuple[str, str, Piece]]]:
-        boxes: dict[Region, list[tuple[str, str, Piece]]] = defaultdict(list)
-        for item in self._pieces[parameter, state]:
-            boxes[item[2].region].append(item)
+    def _find_items(self, parameter: str, state: str) -> list[Item]:
+        key = f"{parameter}/{state}"
+        found = ((file, self._file(file).pieces.get(key)) for file in self._files_of(parameter))
+        return [(file, piece) for file, piece in found if piece is not None]
+
+    def _files_of(self, parameter: str) -> list[str]:
+        number = self._numbers.get(parameter)
+        if number is None:
+            raise CheckpointError(f"{self.path / MANIFEST}: the parameter {parameter} is missing")
+        holders = self._holders[(self._starts <= number) & (number < self._stops)]
+        return [self._names[holder] for holder in holders]
+
+    def _file(self, name: str) -> PieceFile:
+        file = self._open.pop(name, None)
+        if file is None:
+            if len(self._open) >= _MAX_OPEN_FILES:  # the one that was not used for longest
+                self._open.pop(next(iter(self._open))).close()
+            file = PieceFile(self.path / name, self.manifest.files[name], self._shapes)
+        self._open[name] = file
+        return file
+
+    def _boxes(self, parameter: str, state: str) -> dict[Region, list[Item]]:
+        boxes: dict[Region, list[Item]] = defaultdict(list)
+        for item in self._items(parameter, state):
+            boxes[item[1].region].append(item)
         return boxes
 
-    def _read_box(self, box: Region, pieces: list[tuple[str, str, Piece]], part: Region) -> FloatArray:
+    def _read_box(self, box: Region, items: list[Item], part: Region) -> NDArray[Any]:
         """Read ``part`` (in the box's own indices) of a box that is stored whole or in flat runs."""
-        shape = region_shape(box)
-        slices = tuple(slice(start, stop) for start, stop in part)
-        if len(pieces) == 1 and pieces[0][2].run is None:
-            rows = self._stored(*pieces[0])(*part[0])
-            return as_array(rows[(slice(None), *slices[1:])])
-        return read_runs(shape, self._runs(box, pieces), _array_dtype(pieces[0][2].dtype), part)
+        if len(items) == 1 and items[0][1].run is None:
+            rows = self._rows(items[0])(*part[0])
+            cut: NDArray[Any] = rows[(slice(None), *(slice(*bounds) for bounds in part[1:]))]
+            return cut
+        return read_runs(region_shape(box), self._runs(box, items), NUMPY[items[0][1].dtype], part)
 
-    def _runs(self, box: Region, pieces: list[tuple[str, str, Piece]]) -> list[Run]:
+    def _runs(self, box: Region, items: list[Item]) -> list[Run]:
         """Return a box's flat runs in order, having checked that they follow each other from end to end."""
         size = math.prod(region_shape(box))
-
-        def rows_of(item: tuple[str, str, Piece]) -> Rows:
-            return lambda start, stop: self._stored(*item)(start, stop)  # opened when it is read
-
-        runs = sorted(((item[2].run or (0, size), rows_of(item)) for item in pieces), key=lambda run: run[0])
+        runs = sorted(((item[1].run or (0, size), self._rows(item)) for item in items), key=lambda run: run[0])
         if not follow_each_other(runs, size):
-            raise CheckpointError(f"{self.path}: pieces of {pieces[0][2].parameter} are missing or overlap")
+            raise CheckpointError(f"{self.path}: pieces of {items[0][1].parameter} are missing or overlap")
         return runs
 
-    def _stored(self, name: str, key: str, piece: Piece) -> Rows:
-        """Return what reads rows of a stored tensor, after its checksum was found right once."""
-        file = self.path / name
-        try:
-            if name not in self._open:
-                if len(self._open) >= _MAX_OPEN_FILES:
-                    self._open.pop(next(iter(self._open))).close()
-                self._open[name] = TensorFile(file)
-            stored = self._open[name].tensors.get(key)
-            if stored is None or (stored.shape, stored.dtype) != (piece.shape, piece.dtype):
-                raise CheckpointError(f"{file}: {key} has another shape or type than the manifest says")
-            rows: Rows = partial(self._open[name].rows, key)
-            if (name, key) not in self._checked:
-                checksum = hashlib.sha256()
-                for block in _blocks(rows, piece.shape):
-                    checksum.update(block.view(torch.uint8).numpy().data)
-                if checksum.hexdigest() != piece.sha256:
-                    raise CheckpointError(f"{file}: {key} was altered (its checksum does not match)")
-                self._checked.add((name, key))
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{file}: {key} cannot be read: {error}") from error
-        return rows
+    def _rows(self, item: Item) -> Rows:
+        """Return what reads rows of a piece; its file is opened then."""
+        return partial(self._read_rows, item[0], item[1].key)
 
-    def scan(self) -> Iterator[tuple[str, str, FloatArray]]:
+    def _read_rows(self, name: str, key: str, start: int, stop: int) -> NDArray[Any]:
+        if self._kept[0] != (name, key):
+            file = self._file(name)
+            whole = file.check(key)
+            if whole is None:
+                return file.rows(key, start, stop)
+            self._kept = (name, key), whole  # the next rows are likely of this tensor, too
+        return self._kept[1][start:stop]
+
+    def scan(self) -> Iterator[tuple[str, str, NDArray[Any]]]:
         """Yield every stored value once, in blocks, as (file, tensor name, block), checking checksums."""
-        for name, record in self.manifest.files.items():
-            for key, piece in record.pieces.items():
-                for block in _blocks(self._stored(name, key, piece), piece.shape):
-                    yield name, key, as_array(block)
+        for name in self._names:
+            for key, piece in self._file(name).pieces.items():
+                shape = piece.entry.shape
+                rows = max(1, _BLOCK // max(1, math.prod(shape[1:])))
+                for start in range(0, shape[0], rows):
+                    yield name, key, self._rows((name, piece))(start, min(start + rows, shape[0]))
 
     def check_coverage(self) -> None:
         """Check that every entry of every parameter is stored exactly once, in every state."""
-        for parameter in self.manifest.parameters:
+        for parameter, shape in self._shapes.items():
             for state in self.manifest.states:
                 boxes = self._boxes(parameter, state)
-                for box, pieces in boxes.items():
-                    self._runs(box, pieces)
+                for box, items in boxes.items():
+                    self._runs(box, items)
                 for first, second in itertools.combinations(boxes, 2):
                     if all(max(a[0], b[0]) < min(a[1], b[1]) for a, b in zip(first, second, strict=True)):
                         raise CheckpointError(f"{self.path}: pieces of {parameter}/{state} overlap")
-                stored = sum(math.prod(region_shape(box)) for box in boxes)
-                expected = math.prod(self.shape(parameter))
+                stored, expected = sum(math.prod(region_shape(box)) for box in boxes), math.prod(shape)
                 if stored != expected:
                     raise CheckpointError(
                         f"{self.path}: {stored} of {expected} entries of {parameter}/{state} are stored"
                     )
-
-
-def _array_dtype(dtype: str) -> str:
-    """Return the numpy type that holds a stored one: numpy has no bfloat16."""
-    return "float32" if dtype == "bfloat16" else dtype
-
-
-def _blocks(rows_of: Rows, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
-    """Cut a stored tensor along its first dim into blocks of bounded size."""
-    rows = max(1, _BLOCK // max(1, math.prod(shape[1:])))
-    for start in range(0, shape[0], rows):
-        yield rows_of(start, min(start + rows, shape[0]))

@@ -7,67 +7,111 @@ dictionaries only; it reads what is written here.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
-import torch
+import xxhash
 from numpy.typing import NDArray
 
-DTYPES = {"float32": "F32", "float64": "F64", "bfloat16": "BF16"}
-ITEM_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2}
+CODES = {"float32": "F32", "float64": "F64", "bfloat16": "BF16"}
+"""The dtypes that are stored, by their names in manifests -> in safetensors' headers."""
+NUMPY = {name: np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name) for name in CODES}
+"""Numpy's types of the stored values."""
+_QUEUED = 2
+"""Blocks that may wait to be written, so that a writer that lags behind does not fill the memory."""
 
 
 class Entry(NamedTuple):
-    """A tensor to be written: its name in the file, dtype (a key of `DTYPES`) and shape."""
+    """A tensor to be written: its name in the file, dtype (a key of `CODES`) and shape."""
 
     key: str
     dtype: str
     shape: tuple[int, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Its size in the file."""
+        return math.prod(self.shape) * NUMPY[self.dtype].itemsize
+
+
+Describe = Callable[[Mapping[str, str]], dict[str, str]]
+"""Each tensor's checksum -> the header's metadata; its length must not depend on the checksums' values."""
+
 
 class SafetensorsStream:
     """A safetensors file being written; tensors must come in the order of ``entries``.
 
-    Use as a context manager; on leaving, the file is flushed to the disk. ``metadata`` goes into the header.
+    Use as a context manager. One thread takes checksums and writes while the next block is made, another flushes what
+    was written to the disk; on leaving, the header is completed and the last of the file is flushed.
+
+    Args:
+        path: must not exist.
+        entries: the tensors.
+        describe: makes the header's metadata.
     """
 
-    def __init__(self, path: Path, entries: Sequence[Entry], metadata: dict[str, str] | None = None) -> None:
-        header: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
+    header: str
+    """The header's checksum, known at the end."""
+
+    def __init__(self, path: Path, entries: Sequence[Entry], describe: Describe = lambda checksums: {}) -> None:
+        self._entries, self._describe = tuple(entries), describe
+        self._checksums = {entry.key: xxhash.xxh3_128() for entry in entries}
+        self._written = 0
+        self._file = path.open("xb", buffering=0)
+        self._writer, self._flusher = ThreadPoolExecutor(1, "write"), ThreadPoolExecutor(1, "flush")
+        self._pending: deque[Future[None]] = deque()
+        self._flushing: Future[None] | None = None
+        header = self._header()
+        self._write_all(header)
+        self.size = len(header) + sum(entry.nbytes for entry in entries)
+
+    def write(self, key: str, blocks: Iterable[NDArray[Any]]) -> None:
+        """Write the next tensor from its blocks in row-major order; a block must not change after it was given."""
+        entry = self._entries[self._written]
+        assert entry.key == key, f"{key} written where {entry.key} was expected"
+        size = 0
+        for block in blocks:
+            data = np.ascontiguousarray(block, dtype=NUMPY[entry.dtype])
+            while len(self._pending) >= _QUEUED:
+                self._pending.popleft().result()
+            self._pending.append(self._writer.submit(self._put, key, data))
+            size += data.nbytes
+        assert size == entry.nbytes, f"{key}: {size} bytes written, {entry.nbytes} declared"
+        self._written += 1
+
+    def _put(self, key: str, data: NDArray[Any]) -> None:
+        content = data.reshape(-1).view(np.uint8).data
+        self._checksums[key].update(content)
+        self._write_all(content)
+        if self._flushing is None or self._flushing.done():  # so that little is left to be flushed at the end
+            if self._flushing is not None:
+                self._flushing.result()
+            self._flushing = self._flusher.submit(os.fdatasync, self._file.fileno())
+
+    def _write_all(self, content: bytes | memoryview) -> None:
+        view = memoryview(content)
+        while view:  # one call writes 2 GiB at most
+            view = view[self._file.write(view) :]
+
+    def _header(self) -> bytes:
+        metadata = self._describe({key: checksum.hexdigest() for key, checksum in self._checksums.items()})
+        header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
         offset = 0
-        for entry in entries:
-            size = ITEM_BYTES[entry.dtype] * math.prod(entry.shape)
-            header[entry.key] = {
-                "dtype": DTYPES[entry.dtype],
-                "shape": list(entry.shape),
-                "data_offsets": [offset, offset + size],
-            }
-            offset += size
+        for entry in self._entries:
+            place = [offset, offset + entry.nbytes]
+            header[entry.key] = {"dtype": CODES[entry.dtype], "shape": entry.shape, "data_offsets": place}
+            offset = place[1]
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
-        self._expected = list(entries)
-        self._file = path.open("xb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
-        self.size = 8 + len(text) + offset
-
-    def write(self, key: str, blocks: Iterable[NDArray[np.floating]]) -> str:
-        """Write the next tensor from its blocks in row-major order; return the SHA-256 of its bytes."""
-        entry = self._expected.pop(0)
-        assert entry.key == key, f"{key} written where {entry.key} was expected"
-        checksum = hashlib.sha256()
-        written = 0
-        for block in blocks:
-            data = _encoded(block, entry.dtype)
-            checksum.update(data.data)
-            self._file.write(data.data)
-            written += data.size
-        assert written == math.prod(entry.shape), f"{key}: {written} entries written, {math.prod(entry.shape)} declared"
-        return checksum.hexdigest()
+        return len(text).to_bytes(8, "little") + text
 
     def __enter__(self) -> SafetensorsStream:
         return self
@@ -75,16 +119,20 @@ class SafetensorsStream:
     def __exit__(self, *exception: object) -> None:
         try:
             if exception[0] is None:
-                assert not self._expected, f"not written: {self._expected}"
-                self._file.flush()
+                assert self._written == len(self._entries), f"not written: {self._entries[self._written :]}"
+                while self._pending:
+                    self._pending.popleft().result()
+                header = self._header()
+                self._file.seek(0)
+                self._write_all(header)
+                self.header = checksum_of(header)
                 os.fsync(self._file.fileno())
         finally:
+            self._writer.shutdown(cancel_futures=True)
+            self._flusher.shutdown()
             self._file.close()
 
 
-def _encoded(block: NDArray[np.floating], dtype: str) -> NDArray[Any]:
-    """Return a block's little-endian values, or, for bfloat16, which numpy lacks, their bits."""
-    if dtype == "bfloat16":
-        bits: NDArray[Any] = torch.from_numpy(np.ascontiguousarray(block)).bfloat16().view(torch.int16).numpy()
-        return bits
-    return np.ascontiguousarray(block, dtype=np.dtype(dtype).newbyteorder("<"))
+def checksum_of(content: bytes | memoryview) -> str:
+    """Return the XXH3-128 of some bytes: fast, and made to find damage, not to resist forgery."""
+    return xxhash.xxh3_128_hexdigest(content)

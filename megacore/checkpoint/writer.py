@@ -7,39 +7,26 @@ checkpoint (`megacore.publish`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 from numpy.typing import NDArray
 
-from megacore.checkpoint.manifest import MANIFEST, FileRecord, Manifest, Piece
-from megacore.checkpoint.stream import Entry, SafetensorsStream
+from megacore.checkpoint.manifest import MANIFEST, FileRecord, Manifest
+from megacore.checkpoint.pieces import Piece, described
+from megacore.checkpoint.stream import SafetensorsStream
 from megacore.communicator import Communicator, together
 from megacore.errors import CheckpointError
-from megacore.params import Region, region_shape
 from megacore.publish import os_errors, publishing, write_text
 
 
 class PieceToWrite(NamedTuple):
     """A piece of a global tensor and where its values come from."""
 
-    state: str
-    parameter: str
-    region: Region
-    run: tuple[int, int] | None
-    dtype: str
-    blocks: Callable[[], Iterable[NDArray[np.floating]]]
-
-    @property
-    def key(self) -> str:
-        """The tensor's name in its file."""
-        return f"{self.parameter}/{self.state}"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the stored tensor."""
-        return (self.run[1] - self.run[0],) if self.run else region_shape(self.region)
+    piece: Piece
+    blocks: Callable[[], Iterable[NDArray[Any]]]
+    """Makes the values, in row-major order; a block must not change after it was given."""
 
 
 FileToWrite = tuple[str, Sequence[PieceToWrite]]
@@ -49,8 +36,8 @@ def write_checkpoint(
     path: Path,
     group: Communicator,
     files: Iterable[FileToWrite],
-    manifest: Callable[[dict[str, FileRecord]], Manifest],
-    attach: Callable[[Path], None] = lambda directory: None,
+    manifest: Manifest,
+    attach: Callable[[Path], None] = lambda path: None,
 ) -> None:
     """Write a checkpoint; every rank of ``group`` calls this with its own files.
 
@@ -58,38 +45,45 @@ def write_checkpoint(
         path: the checkpoint's directory; must not exist.
         group: the ranks that write together.
         files: this rank's files, by name, with their pieces.
-        manifest: makes the manifest from the records of all ranks' files (called on rank 0).
+        manifest: all but the files' records.
         attach: adds files of another kind to the directory (called on rank 0).
 
     Raises:
         CheckpointError: on every rank, if any rank failed; nothing is left at ``path``.
     """
-    with publishing(path, group, CheckpointError) as partial:
+    numbers = {name: number for number, name in enumerate(manifest.parameters)}
+    with publishing(path, group, CheckpointError) as directory:
         records: dict[str, FileRecord] = {}
-        with together(group), os_errors(partial, CheckpointError):
+        with together(group), os_errors(directory, CheckpointError):
             for name, pieces in files:
-                records[name] = _write_file(partial / name, pieces)
+                records[name] = _write_file(directory / name, pieces, numbers)
         gathered = group.all_gather(records)
-        with together(group), os_errors(partial, CheckpointError):
+        with together(group), os_errors(directory, CheckpointError):
             if group.rank == 0:
-                attach(partial)
-                all_records = {name: record for part in gathered for name, record in part.items()}
-                write_text(partial / MANIFEST, manifest(dict(sorted(all_records.items()))).to_json())
+                attach(directory)
+                merged = {name: record for part in gathered for name, record in part.items()}
+                whole = manifest.model_copy(update={"files": dict(sorted(merged.items()))})
+                write_text(directory / MANIFEST, whole.to_json())
 
 
-def _write_file(path: Path, pieces: Sequence[PieceToWrite]) -> FileRecord:
-    entries = [Entry(piece.key, piece.dtype, piece.shape) for piece in pieces]
-    written: dict[str, Piece] = {}
-    with SafetensorsStream(path, entries) as stream:
-        for piece in pieces:
-            written[piece.key] = Piece.model_validate(
-                {
-                    "state": piece.state,
-                    "parameter": piece.parameter,
-                    "region": piece.region,
-                    "run": piece.run,
-                    "dtype": piece.dtype,
-                    "sha256": stream.write(piece.key, piece.blocks()),
-                }
-            )
-    return FileRecord(size=stream.size, pieces=written)
+def _write_file(path: Path, pieces: Sequence[PieceToWrite], numbers: dict[str, int]) -> FileRecord:
+    described_pieces = [piece for piece, _ in pieces]
+    entries = [piece.entry for piece in described_pieces]
+    with SafetensorsStream(path, entries, partial(described, described_pieces)) as stream:
+        for piece, blocks in pieces:
+            stream.write(piece.key, blocks())
+    states = {piece.state: piece.dtype for piece in described_pieces}
+    assert all(states[piece.state] == piece.dtype for piece in described_pieces), "one type for each state of a file"
+    holds = _runs({numbers[piece.parameter] for piece in described_pieces})
+    return FileRecord.model_validate({"size": stream.size, "header": stream.header, "states": states, "holds": holds})
+
+
+def _runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Join numbers to runs [start, stop)."""
+    runs: list[tuple[int, int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][1] == number:
+            runs[-1] = (runs[-1][0], number + 1)
+        else:
+            runs.append((number, number + 1))
+    return runs

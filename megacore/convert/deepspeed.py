@@ -24,7 +24,7 @@ from megacore.convert.module_names import module_links
 from megacore.convert.stored_tensor import StoredTensor, number_in
 from megacore.errors import CheckpointError, ConfigError
 from megacore.model_config import ModelConfig
-from megacore.params import Region, Shard, region_shape
+from megacore.specs import Region, Shard, region_shape
 
 CARRIED = "megacore"
 """Key of the client state under which an exported checkpoint carries its manifest."""
@@ -147,7 +147,7 @@ class DeepSpeedSource:
 
         def read(theirs: str, box: Box2D) -> NDArray[Any]:
             readers = {place: partial(_read, tensor) for place, tensor in self._boxes(theirs, state).items()}
-            return assembled(tuple((edges.start, edges.stop) for edges in box), readers, "float32")[0]
+            return assembled(tuple((edges.start, edges.stop) for edges in box), readers, np.dtype(np.float32))[0]
 
         return read_linked(self._links[name], self.specs[name], region, read)
 

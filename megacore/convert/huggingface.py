@@ -25,8 +25,8 @@ from megacore.convert.hf_files import CONFIG, TOKENIZER_FILES, HuggingFaceFiles,
 from megacore.convert.imports import fresh_manifest
 from megacore.convert.links import Link, read_linked
 from megacore.errors import CheckpointError
-from megacore.params import ParamSpec, Region
 from megacore.publish import os_errors, publishing, write_text
+from megacore.specs import ParamSpec, Region
 
 ATTACHED = "huggingface"
 """Directory in an imported checkpoint: Hugging Face's configuration and tokenizer."""
@@ -197,7 +197,7 @@ class _Tensor:
 
 
 def _tensors(reader: CheckpointReader, family: Family) -> dict[str, _Tensor]:
-    specs, model = reader.manifest.specs(), reader.manifest.model
+    specs, model = reader.specs(), reader.manifest.model
     fused: dict[str, list[Link]] = defaultdict(list)
     for link in family.links(model):
         fused[link.theirs].append(link)
@@ -230,7 +230,7 @@ def _shard_name(number: int, count: int) -> str:
 def _write_shard(
     path: Path, tensors: dict[str, _Tensor], entries: list[Entry], on_progress: Callable[[int], None]
 ) -> None:
-    with SafetensorsStream(path, entries, {"format": "pt"}) as stream:
+    with SafetensorsStream(path, entries, lambda checksums: {"format": "pt"}) as stream:
         for entry in entries:
             stream.write(entry.key, (tensors[entry.key].values(),))
             on_progress(math.prod(entry.shape) * 4)

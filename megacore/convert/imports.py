@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megacore.checkpoint.files import layout_of, plan_files, planned_bytes, share_of
-from megacore.checkpoint.manifest import WEIGHT, FileRecord, Layout, Manifest, Progress, parameter_records
+from megacore.checkpoint.manifest import WEIGHT, Layout, Manifest, Progress, parameter_records
 from megacore.checkpoint.writer import write_checkpoint
 from megacore.communicator import Communicator, together
 from megacore.config import ParallelConfig
 from megacore.errors import ConfigError
 from megacore.model_config import ModelConfig
 from megacore.models.transformer import declarations
-from megacore.params import Region
+from megacore.specs import Region
 
 
 class Source(Protocol):
@@ -97,11 +97,8 @@ def import_checkpoint(
         states = (WEIGHT,) if weights_only else source.states
         if dtype == "bfloat16" and len(states) > 1:
             raise ConfigError("--dtype bf16 would round the optimizer's state: add --weights-only")
-        files = plan_files(known.specs(), states, layout, lambda name, state: dtype or "float32", source.box)
-    on_start(Import(planned_bytes(files), source.new, source.left_out))
-    fresh = {} if len(states) > 1 else {"optimizer_step": 0, "loss_scaling": None}
-
-    def manifest(records: dict[str, FileRecord]) -> Manifest:
+        files = plan_files(known.tensors(), states, layout, lambda name, state: dtype or "float32", source.box)
+        fresh = {} if len(states) > 1 else {"optimizer_step": 0, "loss_scaling": None}
         event = {
             "event": "import",
             "format": source.format,
@@ -109,13 +106,12 @@ def import_checkpoint(
             "new": list(source.new),
             "left_out": list(source.left_out),
         }
-        return known.model_copy(
+        manifest = known.model_copy(
             update={
                 "layout": layout,
                 "progress": known.progress.model_copy(update=fresh),
-                "files": records,
                 "lineage": (*known.lineage, event),
             }
         )
-
+    on_start(Import(planned_bytes(files), source.new, source.left_out))
     write_checkpoint(target, group, share_of(files, group, on_progress), manifest, source.attach)

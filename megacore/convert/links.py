@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megacore.axes import AXES
-from megacore.params import ParamSpec, Region, Role, region_shape
+from megacore.specs import ParamSpec, Region, Role, region_shape
 
 Box2D = tuple[slice, ...]
 

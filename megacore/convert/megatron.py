@@ -21,7 +21,7 @@ from megacore.convert.megatron_optimizer import NotReadable, adam_tensors
 from megacore.convert.stored_tensor import StoredTensor
 from megacore.errors import CheckpointError, ConfigError
 from megacore.model_config import ModelConfig
-from megacore.params import ParamSpec, Region, Role
+from megacore.specs import ParamSpec, Region, Role
 
 _TIED_COPY = "output_layer.weight"
 """The last stage's own copy of the first one's word table, where the two are tied."""

@@ -26,8 +26,8 @@ from megacore.convert.megatron_files import FILE, LATEST, RELEASE
 from megacore.convert.megatron_names import core_names, megatron_links
 from megacore.convert.torch_stream import TorchStream
 from megacore.errors import CheckpointError
-from megacore.params import ParamSpec, Region, Shard
 from megacore.publish import os_errors, publishing, write_text
+from megacore.specs import ParamSpec, Region, Shard
 
 _BLOCK_ENTRIES = 1 << 21
 """Entries that are read at once."""

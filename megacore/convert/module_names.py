@@ -11,7 +11,8 @@ from megacore.model_config import ModelConfig
 from megacore.models.transformer import Transformer, declarations
 from megacore.nn.kit import Kit
 from megacore.parallel.grid import ParallelGrid
-from megacore.params import Declare, Parameter, Role
+from megacore.params import Declare, Parameter
+from megacore.specs import Role
 
 TIED_WORDS = "tied_modules.words.layer.word"
 

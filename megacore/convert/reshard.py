@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from megacore.checkpoint.files import layout_of, plan_files, planned_bytes, share_of
-from megacore.checkpoint.manifest import WEIGHT, FileRecord, Layout, Manifest
+from megacore.checkpoint.manifest import WEIGHT
 from megacore.checkpoint.reader import CheckpointReader
 from megacore.checkpoint.writer import FileToWrite, write_checkpoint
 from megacore.communicator import Communicator, together
@@ -40,8 +39,8 @@ def reshard(
         ConfigError: the layout does not fit the model.
         CheckpointError: the source is damaged, or the target cannot be written; nothing is left there.
     """
-    source = reader.manifest
     with together(group):
+        source = reader.manifest
         parallel.check(source.model)
         states = (WEIGHT,) if weights_only else source.states
         layout = layout_of(parallel)
@@ -49,20 +48,10 @@ def reshard(
         def dtype_of(name: str, state: str) -> str:
             return dtype or reader.dtype(name, state)
 
-        files: list[FileToWrite] = plan_files(source.specs(), states, layout, dtype_of, reader.read)
+        box_of = reader.read_stored if dtype is None else reader.read
+        files: list[FileToWrite] = plan_files(source.tensors(), states, layout, dtype_of, box_of)
+        fresh = {} if len(states) > 1 else {"optimizer_step": 0, "loss_scaling": None}
+        progress = source.progress.model_copy(update=fresh)
+        manifest = source.model_copy(update={"layout": layout, "progress": progress, "files": {}})
     on_start(planned_bytes(files))
-    write_checkpoint(target, group, share_of(files, group, on_progress), partial(_manifest, reader, layout, states))
-
-
-def _manifest(
-    reader: CheckpointReader, layout: Layout, states: tuple[str, ...], files: dict[str, FileRecord]
-) -> Manifest:
-    source = reader.manifest
-    fresh = {} if len(states) > 1 else {"optimizer_step": 0, "loss_scaling": None}
-    return source.model_copy(
-        update={
-            "layout": layout,
-            "progress": source.progress.model_copy(update=fresh),
-            "files": files,
-        }
-    )
+    write_checkpoint(target, group, share_of(files, group, on_progress), manifest)

@@ -60,7 +60,7 @@ def export_universal(
                 f"tensor_parallel_size={parts} does not divide vocab_size={manifest.model.vocab_size}: DeepSpeed loads "
                 "equal parts only"
             )
-        specs, names = manifest.specs(), module_names(manifest.model, parallel.pipeline_parallel_size > 1)
+        specs, names = reader.specs(), module_names(manifest.model, parallel.pipeline_parallel_size > 1)
     tag = f"global_step{manifest.progress.step}"
     step = torch.tensor(float(manifest.progress.optimizer_step))
     with publishing(target, group, CheckpointError) as directory:

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from megacore.checkpoint.manifest import MOMENTS, WEIGHT
 from megacore.checkpoint.reader import CheckpointReader
 from megacore.growth.plan import GrowthPlan
-from megacore.params import Region, Role, global_index
 from megacore.random import standard_normal, stream_key
+from megacore.specs import Region, Role, global_index
 
 # How often the gradient's factor enters: exp_avg follows the gradient, exp_avg_sq its square.
 _GRADIENT_POWER = dict(zip(MOMENTS, (1, 2), strict=True))

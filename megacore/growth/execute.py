@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from megacore.checkpoint.files import MAX_FILE_BYTES, layout_of, plan_files, share_of
-from megacore.checkpoint.manifest import WEIGHT, Annealing, FileRecord, Manifest, parameter_records
+from megacore.checkpoint.manifest import WEIGHT, Annealing, Manifest, parameter_records
 from megacore.checkpoint.reader import CheckpointReader
 from megacore.checkpoint.writer import FileToWrite, write_checkpoint
 from megacore.communicator import Communicator, together
@@ -64,7 +64,8 @@ def grow_checkpoint(
     """
     with together(group):
         files = planned_files(reader, plan, output)
-    write_checkpoint(path, group, share_of(files, group, on_progress), partial(_manifest, reader, plan, output))
+        manifest = _manifest(reader, plan, output)
+    write_checkpoint(path, group, share_of(files, group, on_progress), manifest)
 
 
 def planned_files(reader: CheckpointReader, plan: GrowthPlan, output: GrowthOutput) -> list[FileToWrite]:
@@ -73,6 +74,7 @@ def planned_files(reader: CheckpointReader, plan: GrowthPlan, output: GrowthOutp
     Raises:
         ConfigError: the layout does not fit the grown model.
     """
+    reader.specs()
     output.parallel.check(plan.target)
     states = reader.manifest.states if output.keep_optimizer else (WEIGHT,)
 
@@ -83,9 +85,7 @@ def planned_files(reader: CheckpointReader, plan: GrowthPlan, output: GrowthOutp
     return plan_files(plan.specs, states, layout, dtype_of, partial(grow_box, reader, plan), output.max_file_bytes)
 
 
-def _manifest(
-    reader: CheckpointReader, plan: GrowthPlan, output: GrowthOutput, files: dict[str, FileRecord]
-) -> Manifest:
+def _manifest(reader: CheckpointReader, plan: GrowthPlan, output: GrowthOutput) -> Manifest:
     source = reader.manifest
     exponent = source.annealing.exponent(source.progress.step)
     multipliers = {}
@@ -113,7 +113,7 @@ def _manifest(
             since_step=source.progress.step, hold_steps=output.hold_steps, anneal_steps=output.anneal_steps
         ),
         parameters=parameter_records(plan.specs, multipliers),
-        files=files,
+        files={},
         lineage=(*source.lineage, event),
         training_data=source.training_data,
     )

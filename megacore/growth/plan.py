@@ -27,8 +27,8 @@ from megacore.errors import ConfigError
 from megacore.growth.maps import AxisMap, even_map, uneven_map
 from megacore.model_config import ModelConfig
 from megacore.models.transformer import declarations
-from megacore.params import Dim, ParamSpec, Role
 from megacore.settings import unknown_key, validated
+from megacore.specs import Dim, ParamSpec, Role
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ def check_integrity(reader: CheckpointReader, on_progress: Callable[[int], None]
     Raises:
         CheckpointError: naming the file and the tensor.
     """
+    reader.specs()
     reader.check_coverage()
     total = 0
     for file, key, block in reader.scan():
@@ -94,11 +95,12 @@ def compare(
             labels += len(batch.labels)
     if not (np.isfinite(difference).all() and np.isfinite(losses).all()):
         raise CheckpointError(f"{after.path} or {before.path} computes values that are not finite numbers")
+    relative = difference / np.maximum(largest, np.finfo(np.float64).tiny)  # 0 where both give zeros alone
     means = losses[:, 0] / labels + losses[:, 1] / samples
     return Comparison(
         dtype=str(dtype).removeprefix("torch."),
         samples=samples,
-        relative_errors=dict(zip(heads, (difference / largest).tolist(), strict=True)),
+        relative_errors=dict(zip(heads, relative.tolist(), strict=True)),
         loss_before=float(means[0]),
         loss_after=float(means[1]),
     )

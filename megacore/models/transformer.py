@@ -13,7 +13,8 @@ from megacore.nn.embedding import WordTable
 from megacore.nn.heads import OutputTable
 from megacore.nn.kit import Kit
 from megacore.parallel.grid import ParallelGrid
-from megacore.params import Declare, ParamSpec, declared
+from megacore.params import Declare, declared
+from megacore.specs import ParamSpec
 
 
 class Transformer(nn.Module):

@@ -11,7 +11,8 @@ from megacore.nn.norm import Norm
 from megacore.nn.packed import Part, packed
 from megacore.parallel.collectives import copy_to_tensor_parallel, gather_stream
 from megacore.parallel.grid import ParallelGrid
-from megacore.params import Role, index, read, write
+from megacore.params import index, read, write
+from megacore.specs import Role
 
 
 def own_rows(positions: Tensor, part: Part) -> Tensor:

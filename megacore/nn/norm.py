@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from megacore.nn.compiled import maybe_compiled
 from megacore.nn.kit import Kit
 from megacore.parallel.collectives import copy_to_tensor_parallel, on_stream, sum_over_tensor_parallel
-from megacore.params import Role, write
+from megacore.params import write
+from megacore.specs import Role
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

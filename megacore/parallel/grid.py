@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from megacore.config import ParallelConfig
-from megacore.params import Shard
+from megacore.specs import Shard
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from megacore.models.flops import Work, training_flops
 from megacore.models.layers import Step, carried_names, layer_list
 from megacore.nn.kit import Kit
 from megacore.parallel.grid import ParallelGrid
-from megacore.params import Declare, Shard, declared
+from megacore.params import Declare, declared
+from megacore.specs import Shard
 from megacore.training.deepspeed_config import resolve_deepspeed_config
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}

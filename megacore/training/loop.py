@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,10 +13,8 @@ from deepspeed.accelerator import get_accelerator
 
 from data_pipeline.loader import Batch, PretrainingBatches
 from megacore.checkpoint.manifest import (
-    FileRecord,
     Layout,
     Manifest,
-    Progress,
     parameter_records,
 )
 from megacore.checkpoint.reader import CheckpointReader
@@ -37,10 +35,12 @@ from megacore.training.loss_scaling import check_loss_scale, read_loss_scaling, 
 from megacore.training.metrics import MetricsLog, memory_gb
 from megacore.training.partition import load_state, pieces_to_write
 from megacore.training.progress import StepProgress
-from megacore.training.runs import checkpoint_path, checkpoints, lock_run, remove_old
+from megacore.training.runs import checkpoint_path, checkpoints, lock_run, point_latest, remove_old
 from megacore.training.saver import Saver
 from megacore.training.schedule import learning_rate
+from megacore.training.start import Start, agree
 
+_UNLOGGED = "figures could not be logged"
 _LAST_SAVE_SECONDS = 120.0
 """What a failed run leaves its last checkpoint, which is good, to be written."""
 
@@ -56,32 +56,6 @@ def train(config: RunConfig) -> None:
         raise ConfigError("dtype=fp16 does not work on this device; use bf16 or fp32")
     TrainingStage(config, ParallelGrid.create(config.parallel), TorchRanks(), device).run()
     leave_world()  # only after success: a rank that failed must end, not wait for the others
-
-
-@dataclass(frozen=True)
-class _Start:
-    """What a stage goes on from."""
-
-    reader: CheckpointReader | None
-    resumed: bool
-
-    @property
-    def progress(self) -> Progress:
-        if self.reader is None:
-            return Progress()
-        progress = self.reader.manifest.progress
-        return progress if self.resumed else progress.model_copy(update={"stage_first_step": progress.step})
-
-    @property
-    def multipliers(self) -> Multipliers | None:
-        if self.reader is None:
-            return None
-        parameters = self.reader.manifest.parameters
-        return Multipliers(
-            {name: record.learning_rate_multiplier for name, record in parameters.items()},
-            {name: record.adam_eps_multiplier for name, record in parameters.items()},
-            self.reader.manifest.annealing,
-        )
 
 
 class TrainingStage:
@@ -104,7 +78,6 @@ class TrainingStage:
             self._data = open_data(config.data.train_data, config.model, group)
             held_out = config.data.validation_data
             self._validation = None if held_out is None else open_data(held_out, config.model, group)
-            self._start = _find_start(config, self._training_data())
             self._batches = PretrainingBatches(
                 self._data,
                 seed=self._training.seed,
@@ -115,35 +88,28 @@ class TrainingStage:
                 objective=config.model.objective,
             )
             settings = resolve_deepspeed_config(config, grid.data_parallel_size)
-        self._agree_on_start()
+        agree(
+            group,
+            {
+                "configuration": config.model_dump_json(),
+                "train_data": self._data.digest,
+                "validation_data": self._validation.digest if self._validation else None,
+            },
+        )
+        with together(group), os_errors(self._training.output_dir, ConfigError):
+            self._lock = lock_run(self._training.output_dir) if group.rank == 0 else None
+        self._start = Start(config, self._training_data(), group)
         self._engine = TrainingEngine(config, grid, device, settings, self._start.multipliers)
-        with together(group):
-            if self._start.reader is not None:
-                load_state(self._engine, self._start.reader)
-                set_loss_scaling(self._engine.optimizer, self._start.progress.loss_scaling)
+        self._start.load(self._load)
+        self._warnings = self._start.settle()
         self._progress = self._start.progress
         self._log: MetricsLog | None = None
         saving = TorchRanks(apart=True) if self._training.async_save else group
         self._saver = Saver(saving, self._training.async_save)
 
-    def _agree_on_start(self) -> None:
-        """Refuse ranks that see different files: on a directory of each node's own, or a stale one."""
-        reader = self._start.reader
-        seen = {
-            "configuration": self._config.model_dump_json(),
-            "train_data": self._data.digest,
-            "validation_data": self._validation.digest if self._validation else None,
-            "checkpoint": reader.manifest.digest if reader else None,
-        }
-        for rank, other in enumerate(self._group.all_gather(seen)):
-            for what in seen:
-                if other[what] != seen[what]:
-                    error = ConfigError(
-                        f"ranks {rank} and {self._group.rank} see different {what}: output_dir, initial_checkpoint and "
-                        "the data must be on a file system that all nodes share"
-                    )
-                    error.agreed = True
-                    raise error
+    def _load(self, reader: CheckpointReader) -> None:
+        load_state(self._engine, reader)
+        set_loss_scaling(self._engine.optimizer, reader.manifest.progress.loss_scaling)
 
     def _training_data(self) -> dict[str, Any]:
         return {
@@ -159,7 +125,8 @@ class TrainingStage:
             if self._group.rank == 0:
                 self._log = self._open_log()
         display = StepProgress(self._progress.step, last, enabled=self._group.rank == 0)
-        display.say(self._where_from())
+        for text in (*self._warnings, self._where_from()):
+            display.say(text)
         if self._progress.step >= last:
             display.say(
                 f"this stage's {self._training.train_steps} steps are done; "
@@ -175,17 +142,18 @@ class TrainingStage:
                     self._evaluate(display)
                 if step % self._training.save_interval == 0 or step == last:
                     self._save(display)
-            self._saver.wait()
+            with self._naming_last_good():
+                self._saver.wait()
         finally:
             self._saver.finish(_LAST_SAVE_SECONDS)
             display.close()
             if self._log is not None:
-                self._log.close()
+                with display.surviving(_UNLOGGED):
+                    self._log.close()
 
     def _open_log(self) -> MetricsLog:
         directory = self._training.output_dir
         with os_errors(directory, ConfigError):
-            self._lock = lock_run(directory)
             resolved = yaml.safe_dump(self._config.model_dump(mode="json"), sort_keys=False)
             replace_file(directory / "config.yaml", resolved.encode())
             return MetricsLog(directory, self._progress.step + 1)
@@ -239,7 +207,8 @@ class TrainingStage:
                 figures["gradient_norm"] = gradient_norm
             if self._progress.loss_scaling is not None:
                 figures["loss_scale"] = self._progress.loss_scaling.scale
-            self._log.write("train", step, figures)
+            with display.surviving(_UNLOGGED):
+                self._log.write("train", step, figures)
 
     def _on_device(self, batches: list[Batch]) -> list[ModelBatch]:
         return [model_batch(batch, self._device, self._grid.stream_part[1]) for batch in batches]
@@ -270,24 +239,38 @@ class TrainingStage:
         display.say(f"step {self._progress.step}: held-out loss {means['loss']:.4f}")
         if self._log is not None:
             figures = {**means, "tokens": self._progress.tokens, "flops": self._progress.flops}
-            self._log.write("validation", self._progress.step, figures)
+            with display.surviving(_UNLOGGED):
+                self._log.write("validation", self._progress.step, figures)
 
     def _save(self, display: StepProgress) -> None:
-        path = checkpoint_path(self._training.output_dir, self._progress.step)
+        run, training = self._training.output_dir, self._training
+        path = checkpoint_path(run, self._progress.step)
 
         def done() -> None:
             if self._group.rank == 0:
-                try:
-                    remove_old(self._training.output_dir, self._training.keep_last, self._training.keep_every)
-                except OSError as error:  # the run itself is well
-                    display.say(f"old checkpoints could not be removed: {error}")
+                with display.surviving("latest could not be switched"):
+                    point_latest(path)
+                with display.surviving("old checkpoints could not be removed"):
+                    remove_old(run, training.keep_last, training.keep_every)
             display.say(f"saved {path}")
 
-        manifest = partial(self._manifest, self._progress)
-        self._saver.save(path, pieces_to_write(self._engine, self._grid), manifest, done)
+        with self._naming_last_good():
+            self._saver.save(path, pieces_to_write(self._engine, self._grid), self._manifest(), done)
 
-    def _manifest(self, progress: Progress, files: dict[str, FileRecord]) -> Manifest:
-        """Describe the state at some progress."""
+    @contextmanager
+    def _naming_last_good(self) -> Iterator[None]:
+        """Add to the error of a save what the run will go on from."""
+        try:
+            yield
+        except CheckpointError as error:
+            good = checkpoints(self._training.output_dir)
+            left = f"the last good checkpoint is {good[-1]}" if good else "the run has no checkpoint yet"
+            failure = CheckpointError(f"{error}; {left}")
+            failure.agreed = error.agreed
+            raise failure from error
+
+    def _manifest(self) -> Manifest:
+        """Describe the present state."""
         specs = declarations(self._config.model)
         kept = self._start.multipliers or Multipliers(dict.fromkeys(specs, 1.0), dict.fromkeys(specs, 1.0))
         return Manifest(
@@ -297,37 +280,15 @@ class TrainingStage:
                 pipeline_parallel_size=self._grid.pipeline_parallel_size,
                 data_parallel_size=self._grid.data_parallel_size,
             ),
-            progress=progress,
+            progress=self._progress,
             annealing=kept.annealing,
             parameters=parameter_records(
                 specs, {name: (kept.learning_rate[name], kept.adam_eps[name]) for name in specs}
             ),
-            files=files,
+            files={},
             lineage=self._start.reader.manifest.lineage if self._start.reader else (),
             training_data=self._training_data(),
         )
-
-
-def _find_start(config: RunConfig, training_data: dict[str, Any]) -> _Start:
-    """Find the checkpoint to go on from, and refuse one that does not belong to this configuration."""
-    found = checkpoints(config.training.output_dir)
-    path = found[-1] if found else config.training.initial_checkpoint
-    if path is None:
-        return _Start(None, resumed=False)
-    reader = CheckpointReader(path)
-    for key, saved in reader.manifest.model.model_dump().items():
-        wanted = getattr(config.model, key)
-        if saved != wanted and "dropout" not in key:
-            raise CheckpointError(f"{path} has {key}={saved}, but the configuration says {wanted}")
-    if found:
-        for key, wanted in training_data.items():
-            saved = reader.manifest.training_data.get(key)
-            if saved != wanted:
-                raise ConfigError(
-                    f"{path} was trained with the data order of {key}={saved}, the configuration now gives {wanted}; "
-                    "restore it, or start a new run with initial_checkpoint and another output_dir"
-                )
-    return _Start(reader, resumed=bool(found))
 
 
 def _check_finite(loss: float, gradient_norm: float, step: int) -> None:

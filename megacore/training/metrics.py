@@ -13,13 +13,11 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from megacore.errors import MegacoreError
 from megacore.model_config import Objective, token_head
 from megacore.models.batch import ModelBatch
 from megacore.models.loss import LossSums
 from megacore.parallel.collectives import pipeline_sum, replica_sum
 from megacore.parallel.grid import ParallelGrid
-from megacore.publish import os_errors
 
 
 @dataclass(frozen=True)
@@ -101,25 +99,35 @@ class MetricsLog:
     """
 
     def __init__(self, directory: Path, first_step: int) -> None:
-        self._directory = directory
         path = directory / "metrics.jsonl"
         _end_last_line(path)
         self._lines = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
 
     def write(self, split: str, step: int, figures: dict[str, Any]) -> None:
-        """Record the figures of a step."""
-        with os_errors(self._directory, MegacoreError):
+        """Record the figures of a step.
+
+        Raises:
+            OSError: they could not be written to one of the two; lines that failed are tried again with the next.
+        """
+        try:
             self._lines.write(json.dumps({"split": split, "step": step, **figures}) + "\n")
             self._lines.flush()
+        finally:
             for name, value in figures.items():
                 self._board.add_scalar(f"{split}/{name}", value, step)
             self._board.flush()
 
     def close(self) -> None:
-        """Flush and close all files."""
-        self._lines.close()
-        self._board.close()
+        """Flush and close all files.
+
+        Raises:
+            OSError: what was still to be written could not be.
+        """
+        try:
+            self._lines.close()
+        finally:
+            self._board.close()
 
 
 def _end_last_line(path: Path) -> None:

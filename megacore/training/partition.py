@@ -18,10 +18,12 @@ import torch
 from numpy.typing import NDArray
 
 from megacore.checkpoint.manifest import MOMENTS, WEIGHT
+from megacore.checkpoint.pieces import Piece
 from megacore.checkpoint.reader import CheckpointReader
 from megacore.checkpoint.writer import PieceToWrite
 from megacore.parallel.grid import ParallelGrid
-from megacore.params import Parameter, declared, region_shape
+from megacore.params import Parameter, declared
+from megacore.specs import region_shape
 from megacore.training.engine import TrainingEngine
 
 
@@ -53,7 +55,8 @@ def pieces_to_write(engine: TrainingEngine, grid: ParallelGrid) -> list[PieceToW
         for state in (WEIGHT, *MOMENTS):
             values = run.values[state].view(shape) if whole else run.values[state]
             part = None if whole else (run.start, run.stop)
-            pieces.append(PieceToWrite(state, name, parameter.region, part, "float32", partial(_blocks, values)))
+            piece = Piece(name, state, parameter.region, part, "float32")
+            pieces.append(PieceToWrite(piece, partial(_blocks, values)))
     return pieces
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -24,6 +26,7 @@ class StepProgress:
         self._console = Console(quiet=not enabled, highlight=False, soft_wrap=True)
         self._step, self._last, self._enabled = done, last, enabled
         self._shown = time.monotonic()
+        self._survived: set[str] = set()
         self._bar: Progress | None = None
         if enabled and self._console.is_terminal:
             self._bar = Progress(
@@ -49,6 +52,16 @@ class StepProgress:
     def say(self, text: str) -> None:
         """Print a line."""
         self._console.print(text, markup=False)
+
+    @contextmanager
+    def surviving(self, what: str) -> Iterator[None]:
+        """Let the operating system's errors (disk full) pass where the run itself is well; say each ``what`` once."""
+        try:
+            yield
+        except OSError as error:
+            if what not in self._survived:
+                self._survived.add(what)
+                self.say(f"{what}: {error}; the run goes on")
 
     def close(self) -> None:
         """Take the bar away."""

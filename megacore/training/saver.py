@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megacore.checkpoint.manifest import FileRecord, Manifest
+from megacore.checkpoint.manifest import Manifest
+from megacore.checkpoint.pieces import Piece
+from megacore.checkpoint.stream import NUMPY
 from megacore.checkpoint.writer import PieceToWrite, write_checkpoint
 from megacore.communicator import Communicator
 
@@ -26,12 +29,13 @@ class Saver:
         self._group, self._in_background = group, in_background
         self._thread: Thread | None = None
         self._error: BaseException | None = None
+        self._buffers: dict[Piece, NDArray[Any]] = {}
 
     def save(
         self,
         path: Path,
         pieces: Sequence[PieceToWrite],
-        manifest: Callable[[dict[str, FileRecord]], Manifest],
+        manifest: Manifest,
         done: Callable[[], None],
     ) -> None:
         """Write this rank's pieces of a checkpoint; every rank of the group calls this.
@@ -39,7 +43,7 @@ class Saver:
         Args:
             path: the checkpoint's directory; must not exist.
             pieces: of this rank; their values may change once this returns.
-            manifest: makes the manifest from the records of all ranks' files (called on rank 0).
+            manifest: all but the files' records.
             done: called on every rank once the checkpoint is complete.
 
         Raises:
@@ -54,7 +58,7 @@ class Saver:
         if not self._in_background:
             write(pieces)
             return
-        copied = [_copied(piece) for piece in pieces]
+        copied = [self._copied(item) for item in pieces]
         self._thread = Thread(target=self._caught, args=(write, copied), name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -76,14 +80,23 @@ class Saver:
         if self._thread is not None:
             self._thread.join(seconds)
 
+    def _copied(self, item: PieceToWrite) -> PieceToWrite:
+        """Return a piece with its values in this process's own memory, which every save uses again.
+
+        New memory would cost more than the copy: the system clears each page when it is first touched.
+        """
+        entry = item.piece.entry
+        if item.piece not in self._buffers:
+            self._buffers[item.piece] = np.empty(entry.shape, NUMPY[entry.dtype])
+        buffer, filled = self._buffers[item.piece], 0
+        flat = buffer.reshape(-1)
+        for block in item.blocks():
+            flat[filled : filled + block.size] = block.reshape(-1)
+            filled += block.size
+        return item._replace(blocks=lambda: [buffer])
+
     def _caught(self, write: Callable[[Sequence[PieceToWrite]], None], pieces: Sequence[PieceToWrite]) -> None:
         try:
             write(pieces)
         except BaseException as error:  # raised where the run waits
             self._error = error
-
-
-def _copied(piece: PieceToWrite) -> PieceToWrite:
-    """Return a piece with values of its own, in host memory."""
-    blocks: list[NDArray[np.floating]] = [np.array(block, copy=True) for block in piece.blocks()]
-    return piece._replace(blocks=lambda: blocks)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from megacore.checkpoint.manifest import Layout, Manifest, Progress, parameter_records, read_manifest
+from megacore.checkpoint.pieces import Piece
 from megacore.checkpoint.reader import CheckpointReader
 from megacore.checkpoint.stream import Entry, SafetensorsStream
 from megacore.checkpoint.writer import PieceToWrite, write_checkpoint
@@ -22,11 +23,12 @@ from megacore.communicator import Alone
 from megacore.errors import CheckpointError
 from megacore.growth.verify import check_integrity
 from megacore.models.transformer import declarations
-from megacore.params import Shard
+from megacore.specs import Shard
 from tests.models import model_config
 
 CONFIG = model_config()
 SPECS = declarations(CONFIG)
+EMPTY: dict[str, Any] = {"size": 1, "header": "", "states": {}, "holds": []}
 
 
 def values(name: str) -> np.ndarray[Any, Any]:
@@ -50,21 +52,19 @@ def files_of(parts: int, replicas: int) -> list[tuple[str, list[PieceToWrite]]]:
                     continue
                 run = (start, stop) if replicas > 1 else None
                 block = local.ravel()[start:stop] if run else local
-                pieces.append(PieceToWrite("weight", name, region, run, "float32", lambda block=block: [block]))
+                pieces.append(PieceToWrite(Piece(name, "weight", region, run, "float32"), lambda block=block: [block]))
             files.append((f"rank{rank}-{replica}.safetensors", pieces))
     return files
 
 
 def write(path: Path, parts: int = 1, replicas: int = 1) -> Path:
-    def manifest(files: Any) -> Manifest:
-        return Manifest(
-            model=CONFIG,
-            layout=Layout(tensor_parallel_size=parts, data_parallel_size=replicas),
-            progress=Progress(step=3),
-            parameters=parameter_records(SPECS, dict.fromkeys(SPECS, (1.0, 1.0))),
-            files=files,
-        )
-
+    manifest = Manifest(
+        model=CONFIG,
+        layout=Layout(tensor_parallel_size=parts, data_parallel_size=replicas),
+        progress=Progress(step=3),
+        parameters=parameter_records(SPECS, dict.fromkeys(SPECS, (1.0, 1.0))),
+        files={},
+    )
     write_checkpoint(path, Alone(), files_of(parts, replicas), manifest)
     return path
 
@@ -166,30 +166,62 @@ def test_an_edited_manifest_is_refused(tmp_path: Path) -> None:
         read_manifest(path)
 
 
+def edited_header(path: Path, name: str, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Edit what a file says of its pieces, and mend the file's record in the manifest."""
+    from megacore.checkpoint.stream import checksum_of
+
+    file = path / name
+    content = file.read_bytes()
+    length = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:length])
+    about = {key: json.loads(text) for key, text in header["__metadata__"].items()}
+    edit(about)
+    header = {key: value for key, value in header.items() if key in about}
+    text = json.dumps(header | {"__metadata__": {key: json.dumps(value) for key, value in about.items()}}).encode()
+    new = len(text).to_bytes(8, "little") + text
+    file.write_bytes(new + content[length:])
+    record = {"size": file.stat().st_size, "header": checksum_of(new)}
+    edited(path, lambda body: body["files"][name].update(record))
+
+
+def forget(body: dict[str, Any], name: str) -> None:
+    """Remove a parameter from a manifest as if there had never been one."""
+    body["parameters"].pop(name)
+    for record in body["files"].values():
+        record["holds"][-1][1] -= 1
+
+
 @pytest.mark.parametrize(
     ("edit", "what"),
     [
         (lambda body: body["model"].update(hidden_size=48), "axes"),
         (lambda body: body["model"].update(num_attention_heads=5), "num_attention_heads"),
         (lambda body: body["model"].update(num_hidden_layers=3), "layers.2"),
-        (lambda body: body["parameters"].pop("nsp_head.bias"), "nsp_head.bias is missing"),
-        (lambda body: body["files"].update({"../../evil.safetensors": {"size": 1, "pieces": {}}}), "file name"),
-        (lambda body: body.update(version=2), "version 2"),
+        (lambda body: forget(body, "nsp_head.bias"), "nsp_head.bias is missing"),
+        (lambda body: body["files"].update({"../../evil.safetensors": EMPTY}), "file name"),
+        (lambda body: body["files"].update({"a.safetensors": {**EMPTY, "holds": [[3, 999]]}}), "does not have"),
+        (lambda body: body.update(version=1), "version 1"),
         (lambda body: body.update(more=1), "more"),
-        (lambda body: body["files"]["rank0-0.safetensors"]["pieces"]["nsp_head.bias/weight"].update(run=[0, 9]), "fit"),
     ],
 )
 def test_an_inconsistent_manifest_is_refused(tmp_path: Path, edit: Callable[[dict[str, Any]], None], what: str) -> None:
     path = write(tmp_path / "c")
     edited(path, edit)
     with pytest.raises(CheckpointError, match=r"manifest\.json") as error:
-        read_manifest(path)
-    assert what in str(error.value)
+        CheckpointReader(path).specs()
+    assert what in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_piece_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "c")
+    edited_header(path, "rank0-0.safetensors", lambda about: about["nsp_head.bias/weight"].update(run=[0, 9]))
+    with pytest.raises(CheckpointError, match=r"rank0-0\.safetensors: the piece nsp_head\.bias/weight does not fit"):
+        CheckpointReader(path).check_coverage()
 
 
 def test_a_missing_piece_is_found(tmp_path: Path) -> None:
     path = write(tmp_path / "c")
-    edited(path, lambda body: body["files"]["rank0-0.safetensors"]["pieces"].pop("lm_head.bias/weight"))
+    edited_header(path, "rank0-0.safetensors", lambda about: about.pop("lm_head.bias/weight"))
     reader = CheckpointReader(path)
     with pytest.raises(CheckpointError, match=r"0 of 101 entries of lm_head\.bias/weight"):
         reader.check_coverage()
@@ -197,13 +229,8 @@ def test_a_missing_piece_is_found(tmp_path: Path) -> None:
 
 def test_runs_that_overlap_are_found(tmp_path: Path) -> None:
     """Twice the first half of a tensor has the right number of entries, and is not the tensor."""
-    path = write(tmp_path / "c", replicas=2)
-
-    def overlap(body: dict[str, Any]) -> None:
-        first, second = (body["files"][f"rank0-{n}.safetensors"]["pieces"]["lm_head.norm.bias/weight"] for n in (0, 1))
-        second["run"] = first["run"]
-
-    edited(path, overlap)
+    path, key = write(tmp_path / "c", replicas=2), "lm_head.norm.bias/weight"
+    edited_header(path, "rank0-1.safetensors", lambda about: about[key].update(run=[0, 12]))
     reader = CheckpointReader(path)
     for use in (reader.check_coverage, lambda: reader.read("lm_head.norm.bias", "weight")):
         with pytest.raises(CheckpointError, match=r"lm_head\.norm\.bias are missing or overlap"):
@@ -267,10 +294,11 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
 
     spec = SPECS["lm_head.transform_weight"]
     region = spec.local_region(Shard())
-    piece = PieceToWrite("weight", "lm_head.transform_weight", region, None, "float32", failing)
+    piece = PieceToWrite(Piece("lm_head.transform_weight", "weight", region, None, "float32"), failing)
+    manifest = read_manifest(write(tmp_path / "other"))
     with pytest.raises(CheckpointError, match="No space left on device"):
-        write_checkpoint(tmp_path / "c", Alone(), [("f.safetensors", [piece])], lambda files: None)  # type: ignore[arg-type,return-value]
-    assert list(tmp_path.iterdir()) == []
+        write_checkpoint(tmp_path / "c", Alone(), [("f.safetensors", [piece])], manifest)
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
 def test_what_a_killed_job_left_is_replaced(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def load_universal(configs: list[RunConfig], universal: Path) -> None:
         loaded = DeepSpeedSource(universal / "whole").manifest
         files = [(f"rank{group.rank}.safetensors", pieces_to_write(stage._engine, grid))]
         target = config.training.output_dir / "loaded"
-        write_checkpoint(target, group, files, lambda files, loaded=loaded: loaded.model_copy(update={"files": files}))
+        write_checkpoint(target, group, files, loaded)
     leave_world()
 
 

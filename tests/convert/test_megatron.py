@@ -25,7 +25,7 @@ from megacore.convert.megatron import MegatronSource
 from megacore.convert.megatron_export import export_megatron
 from megacore.errors import CheckpointError, ConfigError, MegacoreError
 from megacore.models.batch import ModelBatch
-from megacore.params import Region
+from megacore.specs import Region
 from tests.convert.megatron_models import CASES, PADDED, VOCABULARY, load_all, save_all
 from tests.convert.test_convert_command import run
 from tests.models import model_config, whole_model
@@ -205,7 +205,7 @@ def written(path: Path, **changes: Any) -> CheckpointReader:
         return slices[name][tuple(slice(*bounds) for bounds in region)]
 
     files = plan_files(manifest.specs(), ("weight",), Layout(), lambda name, state: "float32", box)
-    write_checkpoint(path, Alone(), files, lambda records: manifest.model_copy(update={"files": records}))
+    write_checkpoint(path, Alone(), files, manifest)
     return CheckpointReader(path)
 
 

@@ -24,7 +24,7 @@ from megacore.communicator import Alone
 from megacore.convert.imports import fresh_manifest
 from megacore.convert.module_names import module_names
 from megacore.model_config import ModelConfig
-from megacore.params import Region, region_shape
+from megacore.specs import Region, region_shape
 from tests.models import model_config
 from tests.training.test_layout_matrix import LLAMA
 
@@ -53,7 +53,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("memory") / "checkpoint"
     manifest = fresh_manifest(MODEL)
     files = plan_files(manifest.specs(), STATES, Layout(), lambda name, state: "float32", _values)
-    write_checkpoint(target, Alone(), files, lambda records: manifest.model_copy(update={"files": records}))
+    write_checkpoint(target, Alone(), files, manifest)
     return target
 
 

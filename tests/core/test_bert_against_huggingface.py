@@ -17,7 +17,8 @@ from megacore.models.loss import Loss
 from megacore.models.transformer import Transformer
 from megacore.nn.kit import Kit
 from megacore.parallel.grid import ParallelGrid
-from megacore.params import Declare, declared, region_shape
+from megacore.params import Declare, declared
+from megacore.specs import region_shape
 from tests.models import model_config
 from tests.ranks import run_ranks
 

@@ -11,7 +11,8 @@ from megacore.nn.kit import Kit
 from megacore.nn.packed import packed
 from megacore.parallel.dropout import Dropout
 from megacore.parallel.grid import ParallelGrid
-from megacore.params import Declare, Shard, declared, initialise
+from megacore.params import Declare, declared, initialise
+from megacore.specs import Shard
 from tests.models import model_config, whole_model
 
 

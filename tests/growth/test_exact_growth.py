@@ -13,6 +13,7 @@ import torch
 
 from megacore.checkpoint.load import load_model
 from megacore.checkpoint.manifest import Layout, Manifest, Progress, parameter_records
+from megacore.checkpoint.pieces import Piece
 from megacore.checkpoint.reader import CheckpointReader
 from megacore.checkpoint.writer import PieceToWrite, write_checkpoint
 from megacore.communicator import Alone, TorchRanks
@@ -24,7 +25,8 @@ from megacore.growth.plan import Symmetry, make_plan
 from megacore.growth.verify import random_batch
 from megacore.model_config import ModelConfig
 from megacore.models.transformer import Transformer
-from megacore.params import Shard, declared
+from megacore.params import declared
+from megacore.specs import Shard
 from tests.models import model_config, plain_loss
 from tests.ranks import run_ranks
 
@@ -69,7 +71,7 @@ def save(model: Transformer, optimizer: torch.optim.AdamW, config: ModelConfig, 
             state = optimizer.state[parameter]
             for key, values in (("weight", parameter.detach()), *((k, state[k]) for k in ("exp_avg", "exp_avg_sq"))):
                 block = values[box].numpy()
-                pieces.append(PieceToWrite(key, name, region, None, "float64", lambda block=block: [block]))
+                pieces.append(PieceToWrite(Piece(name, key, region, None, "float64"), lambda block=block: [block]))
         files.append((f"rank{rank}.safetensors", pieces))
     specs = {name: parameter.spec for name, parameter in declared(model)}
     records = parameter_records(specs, dict.fromkeys(specs, (1.0, 1.0)))
@@ -78,12 +80,12 @@ def save(model: Transformer, optimizer: torch.optim.AdamW, config: ModelConfig, 
         path,
         Alone(),
         files,
-        lambda written: Manifest(
+        Manifest(
             model=config,
             layout=Layout(tensor_parallel_size=parts),
             progress=progress,
             parameters=records,
-            files=written,
+            files={},
         ),
     )
 

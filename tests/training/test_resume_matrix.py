@@ -57,9 +57,7 @@ def train(configs: list[RunConfig], sources: list[str | None]) -> None:
             loaded = CheckpointReader(path).manifest
             files = [(f"rank{group.rank}.safetensors", pieces_to_write(stage._engine, grid))]
             again = config.training.output_dir / "again"
-            write_checkpoint(
-                again, group, files, lambda files, loaded=loaded: loaded.model_copy(update={"files": files})
-            )
+            write_checkpoint(again, group, files, loaded)
         stage.run()
     leave_world()
 

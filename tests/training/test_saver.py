@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from megacore.checkpoint.manifest import Layout, Manifest, Progress, parameter_records
+from megacore.checkpoint.pieces import Piece
 from megacore.checkpoint.reader import CheckpointReader
 from megacore.checkpoint.writer import PieceToWrite
 from megacore.communicator import Alone
@@ -23,15 +24,14 @@ CONFIG = model_config()
 SPECS = declarations(CONFIG)
 
 
-def manifest(files: Any) -> Manifest:
-    records = parameter_records(SPECS, dict.fromkeys(SPECS, (1.0, 1.0)))
-    return Manifest(model=CONFIG, layout=Layout(), progress=Progress(), parameters=records, files=files)
+RECORDS = parameter_records(SPECS, dict.fromkeys(SPECS, (1.0, 1.0)))
+MANIFEST = Manifest(model=CONFIG, layout=Layout(), progress=Progress(), parameters=RECORDS, files={})
 
 
 def pieces(values: dict[str, np.ndarray[Any, Any]]) -> list[PieceToWrite]:
     def whole(name: str) -> PieceToWrite:
         region = tuple((0, size) for size in SPECS[name].shape)
-        return PieceToWrite("weight", name, region, None, "float32", lambda: [values[name]])
+        return PieceToWrite(Piece(name, "weight", region, None, "float32"), lambda: [values[name]])
 
     return [whole(name) for name in SPECS]
 
@@ -39,13 +39,15 @@ def pieces(values: dict[str, np.ndarray[Any, Any]]) -> list[PieceToWrite]:
 def test_values_that_change_after_the_call_are_not_written(tmp_path: Path) -> None:
     values = {name: np.ones(spec.shape, np.float32) for name, spec in SPECS.items()}
     go, done = Event(), []
-    saver = Saver(Alone(), in_background=True)
+    group = Alone()
 
-    def slow(files: Any) -> Manifest:
+    def slow(item: Any) -> list[Any]:  # the first exchange comes before anything is written
         go.wait(30)
-        return manifest(files)
+        return [item]
 
-    saver.save(tmp_path / "c", pieces(values), slow, partial(done.append, 1))
+    group.all_gather = slow  # type: ignore[method-assign]
+    saver = Saver(group, in_background=True)
+    saver.save(tmp_path / "c", pieces(values), MANIFEST, partial(done.append, 1))
     for array in values.values():
         array += 1.0
     assert not done and not (tmp_path / "c").exists()  # the call came back before the checkpoint was there
@@ -60,8 +62,8 @@ def test_a_failure_in_the_background_stops_the_next_save(tmp_path: Path) -> None
     values = {name: np.ones(spec.shape, np.float32) for name, spec in SPECS.items()}
     (tmp_path / "c").mkdir()
     saver = Saver(Alone(), in_background=True)
-    saver.save(tmp_path / "c", pieces(values), manifest, lambda: None)
+    saver.save(tmp_path / "c", pieces(values), MANIFEST, lambda: None)
     with pytest.raises(CheckpointError, match=r"c exists already"):
-        saver.save(tmp_path / "d", pieces(values), manifest, lambda: None)
+        saver.save(tmp_path / "d", pieces(values), MANIFEST, lambda: None)
     saver.wait()  # said once
     assert not (tmp_path / "d").exists()
