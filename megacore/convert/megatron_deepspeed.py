@@ -108,7 +108,8 @@ def megatron_deepspeed_links(
     names = _WHOLE if any(name.startswith("language_model.") for name in found) else _staged(model)
     settings, info = facts.get("args"), facts.get("universal_checkpoint_info")
     # A universal tensor is the ranks' parts laid end to end, but for gates where DeepSpeed was told of them.
-    ranks = getattr(settings, "tensor_model_parallel_size", tensor_parallel_size)
+    said = getattr(settings, "tensor_model_parallel_size", 1) if tensor_parallel_size == 1 else tensor_parallel_size
+    ranks = said if isinstance(said, int) and said > 0 else 1
     gates_joined = tensor_parallel_size == 1 and isinstance(info, Mapping) and bool(info.get(_JOINED))
     split = hasattr(settings, _SPLIT_SINCE)
     if split and model.num_key_value_heads != model.num_attention_heads:
