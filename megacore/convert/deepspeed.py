@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from megacore.specs import Region, Shard, region_shape
 
 CARRIED = "megacore"
 """Key of the client state under which an exported checkpoint carries its manifest."""
-_HINT = "is --config the run's that was saved?"
 
 
 class DeepSpeedSource:
@@ -51,6 +50,7 @@ class DeepSpeedSource:
         self._files: DeepSpeedFiles = open_deepspeed(path)
         self.states = self._files.states
         self._is_megatron = is_megatron(self._files.parts)
+        self._hint = "does it fit its args?" if model is None else "is --config the run's that was saved?"
         inexact: tuple[str, ...] = ()
         if self._is_megatron:
             names = self._files.parts.keys()
@@ -60,15 +60,15 @@ class DeepSpeedSource:
         if self.manifest.model.num_experts:
             raise ConfigError(f"{path}: mixtures of experts are not read from DeepSpeed's checkpoints")
         self._links: dict[str, list[Link]] = defaultdict(list)
-        self._tensors: dict[str, dict[str, dict[Region, StoredTensor]]] = {}
-        padding = {}
+        self._placed: dict[str, list[tuple[Region, Part]]] = {}
+        padding = []
         for link in self._all_links():
             self._links[link.ours].append(link)
-            if link.theirs not in self._tensors:
-                self._tensors[link.theirs], rows = self._placed(link)
-                if rows:
-                    padding[link.theirs] = rows
-        self.left_out = (*(f"{rows} rows of padding of {name}" for name, rows in padding.items()), *inexact)
+            if link.theirs not in self._placed:
+                self._placed[link.theirs], rows = self._place(link)
+                padding += [f"{rows} rows of padding of {link.theirs}"] if rows else []
+        self.left_out = (*padding, *inexact)
+        self._boxes = lru_cache(maxsize=8)(self._all_boxes)
 
     def _manifest(self, model: ModelConfig | None) -> Manifest:
         facts = self._files.facts
@@ -91,32 +91,29 @@ class DeepSpeedSource:
             links = list(megatron_deepspeed_links(model, found, self._files.facts, ranks, str(self.path)))
             unknown = self.specs.keys() ^ {link.ours for link in links}
             if unknown:
-                raise ConfigError(f"{self.path}: Megatron-DeepSpeed's models have no {min(unknown)}; {_HINT}")
+                raise ConfigError(f"{self.path}: Megatron-DeepSpeed's models have no {min(unknown)}; {self._hint}")
         else:
             pipeline = not any(name.startswith("steps.") for name in found)
             links = list(module_links(model, pipeline, ranks))
         expected = {link.theirs for link in links}
         for name in sorted(found ^ expected):
             what = "is missing" if name in expected else "does not belong to the model"
-            raise CheckpointError(f"{self._files.folder}: {name} {what}; {_HINT}")
+            raise CheckpointError(f"{self._files.folder}: {name} {what}; {self._hint}")
         return links
 
-    def _placed(self, link: Link) -> tuple[dict[str, dict[Region, StoredTensor]], int]:
-        """Return where the pieces of a tensor lie in the whole of it, by state, and how many rows are padding."""
+    def _place(self, link: Link) -> tuple[list[tuple[Region, Part]], int]:
+        """Return where the ranks' parts of a tensor lie in the whole of it, and how many rows are padding."""
         spec, parts = self.specs[link.ours], self._files.parts[link.theirs]
-        whole, cut = list(link.their_shape(spec)), link.cut_dim(spec)
+        whole, cut = link.their_shape(spec), link.cut_dim(spec)
         if cut is None:
             parts = parts[:1]
-        placed: dict[str, dict[Region, StoredTensor]] = {state: {} for state in self.states}
+        placed: list[tuple[Region, Part]] = []
         start = 0
         for rank, part in enumerate(parts):
             shape = self._part_shape(link, part, rank, len(parts))
-            origin = [0] * len(shape)
-            if cut is not None:
-                origin[cut] = start
-                start += shape[cut]
-            for state, runs in part.runs.items():
-                placed[state] |= _boxes(shape, tuple(origin), runs)
+            first = [start if dim == cut else 0 for dim in range(len(shape))]
+            placed.append((tuple((low, low + size) for low, size in zip(first, shape, strict=True)), part))
+            start += 0 if cut is None else shape[cut]
         return placed, 0 if cut is None else start - whole[cut]
 
     def _part_shape(self, link: Link, part: Part, rank: int, ranks: int) -> tuple[int, ...]:
@@ -133,7 +130,7 @@ class DeepSpeedSource:
                 shape[cut] = shape[cut] * math.prod(expected) // math.prod(spec.shape)
         if part.shape not in (expected, (math.prod(expected),)):
             raise CheckpointError(
-                f"{part.path}: {link.theirs} has the shape {part.shape}; the model makes it {expected}; {_HINT}"
+                f"{part.path}: {link.theirs} has the shape {part.shape}; the model makes it {expected}; {self._hint}"
             )
         return tuple(shape)
 
@@ -149,11 +146,14 @@ class DeepSpeedSource:
         """Return a box of a parameter's state."""
 
         def read(theirs: str, box: Box2D) -> NDArray[Any]:
-            tensors = self._tensors[theirs][state]
-            readers = {place: partial(_read, tensor) for place, tensor in tensors.items()}
+            readers = {place: partial(_read, tensor) for place, tensor in self._boxes(theirs, state).items()}
             return assembled(tuple((edges.start, edges.stop) for edges in box), readers, np.dtype(np.float32))[0]
 
         return read_linked(self._links[name], self.specs[name], region, read)
+
+    def _all_boxes(self, theirs: str, state: str) -> dict[Region, StoredTensor]:
+        """Return the boxes of a whole tensor, with what is stored there."""
+        return {box: piece for region, part in self._placed[theirs] for box, piece in _pieces(region, part.runs(state))}
 
     def attach(self, directory: Path) -> None:
         """Add nothing."""
@@ -164,28 +164,25 @@ def _read(tensor: StoredTensor, part: Region) -> NDArray[np.floating]:
     return values
 
 
-def _boxes(
-    shape: tuple[int, ...], origin: tuple[int, ...], runs: list[StoredTensor]
-) -> Iterator[tuple[Region, StoredTensor]]:
-    """Yield the boxes that flat runs make of a tensor, one after the other, with what is stored there.
+def _pieces(region: Region, runs: Iterable[StoredTensor]) -> Iterator[tuple[Region, StoredTensor]]:
+    """Yield the boxes that flat runs make of a region, one after the other, with what is stored there.
 
     A run is whole rows, and what it has of the rows before and behind them.
 
     Args:
-        shape: of the tensor, one or two dims.
-        origin: where it begins in a larger one.
+        region: one or two dims.
         runs: that fill it, in order.
     """
-    width = math.prod(shape[1:])
+    width = math.prod(region_shape(region)[1:])
     start = 0
     for run in runs:
         stop = start + run.shape[0]
         edges = sorted({start, min(stop, -(-start // width) * width), max(start, stop // width * width), stop})
         for low, high in pairwise(edges):
-            piece = run.narrow(low - start, high - low)
             row, column = divmod(low, width)
             rows = max(1, (high - low) // width)
             place = (row, row + rows), (column, column + (high - low) // rows)
-            region = tuple((a + first, b + first) for (a, b), first in zip(place, origin, strict=False))
-            yield region, replace(piece, shape=region_shape(region), strides=(width, 1)[-len(shape) :])
+            box = tuple((a + first, b + first) for (a, b), (first, _) in zip(place, region, strict=False))
+            piece = run.narrow(low - start, high - low)
+            yield box, replace(piece, shape=region_shape(box), strides=(width, 1)[-len(box) :])
         start = stop

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from array import array
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,8 +26,10 @@ from megacore.params import PLACEHOLDER
 FILE_OF = {WEIGHT: "fp32", **{moment: moment for moment in MOMENTS}}
 """State -> the name of its file in a universal checkpoint."""
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-_Fragment = dict[str, StoredTensor]
-"""A replica's flat part of a parameter, by state."""
+_Flat = dict[str, StoredTensor]
+"""A replica's partition, by state."""
+_Span = tuple[int, int, int]
+"""(partition, first entry, entries): a replica's piece of a parameter."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +37,26 @@ class Part:
     """What a model-parallel rank holds of a tensor.
 
     Args:
-        path: the file, or the directory, that it comes from.
+        path: the file that says its shape.
         shape: of the rank's tensor; one dim is all that some universal checkpoints say.
-        runs: by state: the flat pieces that make the tensor, in order.
+        flats: partitions that hold pieces of it.
+        spans: the pieces, in order, each as three numbers (thousands of replicas have one of every parameter).
     """
 
     path: Path
     shape: tuple[int, ...]
-    runs: dict[str, list[StoredTensor]]
+    flats: list[_Flat]
+    spans: array[int]
 
     @property
     def size(self) -> int:
         """Number of entries."""
         return math.prod(self.shape)
+
+    def runs(self, state: str) -> Iterator[StoredTensor]:
+        """Yield the flat pieces that make the tensor, in order."""
+        for flat, start, length in zip(*(self.spans[place::3] for place in range(3)), strict=True):
+            yield self.flats[flat][state].narrow(start, length)
 
 
 @dataclass(frozen=True)
@@ -86,10 +96,9 @@ def open_deepspeed(path: Path) -> DeepSpeedFiles:
         raise CheckpointError(f"{folder} has no parameters")
     for name, parts in opened.parts.items():
         for part in parts:
-            for state in opened.states:
-                filled = sum(run.shape[0] for run in part.runs.get(state, []))
-                if filled != part.size:
-                    raise CheckpointError(f"{part.path}: {filled} of {part.size} entries of {name} ({state}) are there")
+            filled = sum(part.spans[2::3])
+            if filled != part.size:
+                raise CheckpointError(f"{part.path}: {filled} of {part.size} entries of {name} are there")
     return opened
 
 
@@ -127,7 +136,9 @@ def _universal(folder: Path, facts: dict[str, Any]) -> DeepSpeedFiles:
             if tensor.shape != shape:
                 file = path / f"{FILE_OF[state]}.pt"
                 raise CheckpointError(f"{file}: its shape is {tensor.shape}; the weight's is {shape}")
-        parts[path.name] = [Part(path, shape, {state: [tensor.flattened()] for state, tensor in tensors.items()})]
+        flat = {state: tensor.flattened() for state, tensor in tensors.items()}
+        whole = array("q", (0, 0, math.prod(shape)))
+        parts[path.name] = [Part(path / f"{FILE_OF[WEIGHT]}.pt", shape, [flat], whole)]
         if (path / "step.pt").exists():
             step = max(step, number_in(load_torch_file(path / "step.pt"), str(path / "step.pt")))
     return DeepSpeedFiles(folder, facts, step or _step_of_all(folder), states, 1, parts)
@@ -155,7 +166,8 @@ def _whole(file: Path) -> StoredTensor:
 
 
 def _native(folder: Path, facts: dict[str, Any]) -> DeepSpeedFiles:
-    fragments: dict[str, dict[int, list[_Fragment]]] = defaultdict(lambda: defaultdict(list))
+    flats: dict[int, list[_Flat]] = defaultdict(list)
+    spans: dict[str, dict[int, array[int]]] = defaultdict(lambda: defaultdict(lambda: array("q")))
     shapes: dict[tuple[str, int], tuple[Path, tuple[int, ...]]] = {}
     model_facts = lru_cache(maxsize=1)(load_torch_file)
     step = 0
@@ -166,24 +178,27 @@ def _native(folder: Path, facts: dict[str, Any]) -> DeepSpeedFiles:
             about = folder / f"{'zero_pp_rank_0_' if is_zero3 else ''}mp_rank_{place:02d}_model_states.pt"
             groups = model_facts(about)["param_shapes"]
             shapes.update({(name, place): (about, tuple(size)) for group in groups for name, size in group.items()})
-            for name, fragment in _zero3(state, groups, replica) if is_zero3 else _zero12(state):
-                if not _fills(name):
-                    fragments[name][place].append(fragment)
             moments = state["optimizer_state_dict" if is_zero3 else "base_optimizer_state"]["state"]
             step = max([step, *(number_in(group.get("step", 0), f"{file}: step") for group in moments.values())])
+            first = len(flats[place])
+            for number, flat in enumerate(state["fp32_flat_groups" if is_zero3 else "single_partition_of_fp32_groups"]):
+                flats[place].append({WEIGHT: flat, **{moment: moments[number][moment] for moment in MOMENTS}})
+            for name, (number, start, length) in _zero3(state, groups, replica) if is_zero3 else _zero12(state):
+                for tensor in flats[place][first + number].values():
+                    tensor.narrow(start, length)
+                if not _fills(name):
+                    spans[name][place].extend((first + number, start, length))
         except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{file}: not what DeepSpeed's ZeRO optimizers write: {error!r}") from None
     # A tied parameter is on several stages; any other one is on each tensor-parallel rank of its own.
-    size = min((len(places) for places in fragments.values()), default=1)
+    size = min((len(places) for places in spans.values()), default=1)
     parts: dict[str, list[Part]] = {}
-    for name, places in fragments.items():
+    for name, places in spans.items():
         parts[name] = []
         for place in sorted(places)[:size]:  # of a tied parameter's copies, the first stage's
             if (name, place) not in shapes:
                 raise CheckpointError(f"{folder}: the *_model_states.pt of mp_rank_{place:02d} lacks {name}")
-            about, shape = shapes[name, place]
-            runs = {state: [fragment[state] for fragment in places[place]] for state in STATES}
-            parts[name].append(Part(about, shape, runs))
+            parts[name].append(Part(*shapes[name, place], flats[place], places[place]))
     return DeepSpeedFiles(folder, facts, step, STATES, size, parts)
 
 
@@ -207,28 +222,23 @@ def _optimizer_files(folder: Path) -> Iterator[tuple[int, int, Path]]:
             yield place, replica, found[place, replica]
 
 
-def _zero3(state: dict[str, Any], groups: list[dict[str, Any]], replica: int) -> Iterator[tuple[str, _Fragment]]:
-    """Yield a replica's part of every parameter, without the padding behind the last part."""
-    moments, replicas = state["optimizer_state_dict"]["state"], state["partition_count"]
+def _zero3(state: dict[str, Any], groups: list[dict[str, Any]], replica: int) -> Iterator[tuple[str, _Span]]:
+    """Yield a replica's piece of every parameter, without the padding behind the last piece."""
+    replicas = state["partition_count"]
     replicas = replicas[0] if isinstance(replicas, list) else replicas
-    for number, (group, flat) in enumerate(zip(groups, state["fp32_flat_groups"], strict=True)):
-        tensors = {WEIGHT: flat, **{key: moments[number][key] for key in MOMENTS}}
+    for number, (group, _) in enumerate(zip(groups, state["fp32_flat_groups"], strict=True)):
         start = 0
         for name, shape in group.items():
             size = math.prod(shape)
             part = -(-size // replicas)
-            own = max(0, min(part, size - replica * part))
-            yield name, {key: tensor.narrow(start, own) for key, tensor in tensors.items()}
+            yield name, (number, start, max(0, min(part, size - replica * part)))
             start += part
 
 
-def _zero12(state: dict[str, Any]) -> Iterator[tuple[str, _Fragment]]:
-    moments = state["base_optimizer_state"]["state"]
-    flats = state["single_partition_of_fp32_groups"]
-    for number, (mapping, flat) in enumerate(zip(state["param_slice_mappings"], flats, strict=True)):
-        tensors = {WEIGHT: flat, **{key: moments[number][key] for key in MOMENTS}}
+def _zero12(state: dict[str, Any]) -> Iterator[tuple[str, _Span]]:
+    for number, mapping in enumerate(state["param_slice_mappings"]):
         for name, address in mapping.items():
-            yield name, {key: tensor.narrow(address.start, address.numel) for key, tensor in tensors.items()}
+            yield name, (number, address.start, address.numel)
 
 
 def _fills(name: str) -> bool:

@@ -77,10 +77,10 @@ def megatron_deepspeed_model(
     size = info.get("original_vocab_size") if isinstance(info, Mapping) else None
     if size is not None:  # what its tokenizer says, which its settings need not
         args |= {"vocab_size": size, "tokenizer_type": None}
-    experts = args.get("num_experts")
+    experts, norm = args.get("num_experts"), args.get("normalization", "layernorm")
     rotary, learned = args.get("use_rotary_position_embeddings"), args.get("add_position_embedding", True)
     args |= {
-        "normalization": _NORMS.get(args.get("normalization", "layernorm")),
+        "normalization": _NORMS.get(norm, norm),
         "position_embedding_type": "rope" if rotary else "learned_absolute" if learned else "none",
         "rotary_base": args.get("rope_theta"),
         "group_query_attention": args.get("num_key_value_heads") is not None,

@@ -22,7 +22,7 @@ _GAP_BYTES = 1 << 12
 """Unwanted bytes between rows from which on each row is read on its own."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """Where a tensor's values are.
 

@@ -1,4 +1,4 @@
-"""GPTs in plain torch with Megatron-DeepSpeed's names, trained by DeepSpeed's real engine on real ranks.
+"""GPTs and BERTs in plain torch with Megatron-DeepSpeed's names, in tensor-parallel parts and pipeline stages.
 
 Source of the names and of the order of fused matrices: https://github.com/deepspeedai/Megatron-DeepSpeed.
 """
@@ -6,81 +6,18 @@ Source of the names and of the order of fused matrices: https://github.com/deeps
 from __future__ import annotations
 
 import argparse
-import re
-from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, nn
 
-from megacore.config import ParallelConfig
-from megacore.parallel.grid import DeepSpeedGrid, ParallelGrid
-from megacore.training.distributed import join_world, leave_world
+from megacore.parallel.grid import ParallelGrid
 
-VOCABULARY, PADDED, POSITIONS, STEPS = 90, 96, 16, 3
-LLAMA: dict[str, Any] = {
-    "add_bias_linear": False,
-    "normalization": "rmsnorm",
-    "swiglu": True,
-    "use_rotary_position_embeddings": True,
-    "add_position_embedding": False,
-    "rope_theta": 5000,
-    "num_key_value_heads": 4,
-    "untie_embeddings_and_output_weights": True,
-}
-SPLIT = {"ds_sequence_parallel_fpdt": False}
-"""A setting of the versions that have all queries of a rank before its keys, and these before its values."""
-CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
-    "gpt tp2 dp2 zero1": ({}, {"tensor_parallel_size": 2, "zero": 1}),
-    "gpt dp4 zero3": ({}, {"zero": 3}),
-    "gpt split tp2 dp2 zero2": (SPLIT, {"tensor_parallel_size": 2, "zero": 2}),
-    "llama tp2 dp2 zero1": (LLAMA, {"tensor_parallel_size": 2, "zero": 1}),
-    "llama tp2 dp2 zero3": (LLAMA, {"tensor_parallel_size": 2, "zero": 3}),
-    "gpt tp2 pp2": ({}, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "zero": 1}),
-    "llama tp2 pp2": (LLAMA, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "zero": 1}),
-}
-"""Settings that differ from a GPT's, and the layout."""
-
-
-def settings(**changes: Any) -> argparse.Namespace:
-    """Return what its command line makes of such a model."""
-    values = {
-        "num_layers": 4,
-        "hidden_size": 32,
-        "ffn_hidden_size": 48,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-        "kv_channels": 4,
-        "max_position_embeddings": POSITIONS,
-        "padded_vocab_size": PADDED,
-        "vocab_size": None,
-        "normalization": "layernorm",
-        "layernorm_epsilon": 1e-5,
-        "apply_layernorm_1p": False,
-        "swiglu": False,
-        "squared_relu": False,
-        "openai_gelu": False,
-        "bias_gelu_fusion": False,
-        "add_bias_linear": True,
-        "add_position_embedding": True,
-        "use_rotary_position_embeddings": False,
-        "rotary_percent": 1.0,
-        "rope_theta": 10000,
-        "untie_embeddings_and_output_weights": False,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "init_method_std": 0.02,
-        "num_experts": [1],
-        "consumed_train_samples": 24,
-        "params_dtype": torch.float32,
-    }
-    return argparse.Namespace(**{**values, **changes})
+VOCABULARY, PADDED, POSITIONS = 90, 96, 16
 
 
 class _Copy(torch.autograd.Function):
@@ -200,9 +137,9 @@ def rotated(x: Tensor, theta: float) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, args: argparse.Namespace, grid: ParallelGrid) -> None:
+    def __init__(self, args: argparse.Namespace, grid: ParallelGrid, causal: bool) -> None:
         super().__init__()
-        self.args, parts = args, grid.tensor_parallel_size
+        self.args, self.causal, parts = args, causal, grid.tensor_parallel_size
         self.groups, self.sharing = (
             args.num_key_value_heads // parts,
             args.num_attention_heads // args.num_key_value_heads,
@@ -224,7 +161,7 @@ class Attention(nn.Module):
         if self.args.use_rotary_position_embeddings:
             q, k = rotated(q, self.args.rope_theta), rotated(k, self.args.rope_theta)
         k, v = (part.repeat_interleave(self.sharing, 1) for part in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.dense(y.transpose(1, 2).reshape(batch, length, -1))
 
 
@@ -244,9 +181,9 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, args: argparse.Namespace, grid: ParallelGrid) -> None:
+    def __init__(self, args: argparse.Namespace, grid: ParallelGrid, causal: bool = True) -> None:
         super().__init__()
-        self.input_layernorm, self.self_attention = norm(args), Attention(args, grid)
+        self.input_layernorm, self.self_attention = norm(args), Attention(args, grid, causal)
         self.post_attention_layernorm, self.mlp = norm(args), MLP(args, grid)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -273,6 +210,51 @@ class GPT(nn.Module):
         return table.logits(parts["encoder"]["final_layernorm"](x))
 
 
+class BERTHead(nn.Module):
+    def __init__(self, args: argparse.Namespace, grid: ParallelGrid) -> None:
+        super().__init__()
+        self.group = grid.tensor_parallel_group
+        self.dense, self.layernorm = nn.Linear(args.hidden_size, args.hidden_size), norm(args)
+        self.bias = nn.Parameter(torch.empty(PADDED // grid.tensor_parallel_size))
+        self.bias.tensor_model_parallel = True
+
+    def forward(self, x: Tensor, words: Words) -> Tensor:
+        x = self.layernorm(F.gelu(self.dense(x)))
+        return words.logits(x) + _Gather.apply(self.bias, self.group)
+
+
+class BERT(nn.Module):
+    """Takes tokens and segments; all of a sequence is seen from everywhere in it."""
+
+    def __init__(self, args: argparse.Namespace, grid: ParallelGrid) -> None:
+        super().__init__()
+        layers = nn.ModuleList(Layer(args, grid, causal=False) for _ in range(args.num_layers))
+        embedding = Embedding(args, grid)
+        embedding.tokentype_embeddings = nn.Embedding(2, args.hidden_size)
+        self.language_model = nn.ModuleDict(
+            {
+                "embedding": embedding,
+                "encoder": nn.ModuleDict({"layers": layers, "final_layernorm": norm(args)}),
+                "pooler": nn.ModuleDict({"dense": nn.Linear(args.hidden_size, args.hidden_size)}),
+            }
+        )
+        self.lm_head, self.binary_head = BERTHead(args, grid), nn.Linear(args.hidden_size, 2)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        parts = self.language_model
+        x = parts["embedding"](tokens) + parts["embedding"].tokentype_embeddings(segments_of(tokens))
+        for layer in parts["encoder"]["layers"]:
+            x = layer(x)
+        x = parts["encoder"]["final_layernorm"](x)
+        pairs = self.binary_head(parts["pooler"]["dense"](x[:, 0]).tanh())
+        return self.lm_head(x, parts["embedding"].word_embeddings), pairs
+
+
+def segments_of(tokens: Tensor) -> Tensor:
+    """Return the segments of some sequences: of each half one."""
+    return (torch.arange(tokens.shape[1]) >= tokens.shape[1] // 2).long().expand_as(tokens)
+
+
 def pipeline(args: argparse.Namespace, grid: ParallelGrid) -> PipelineModule:
     """Make the list of layers that ``GPTModelPipe`` makes."""
     layers = [LayerSpec(Layer, args, grid) for _ in range(args.num_layers)]
@@ -296,106 +278,12 @@ def pipeline(args: argparse.Namespace, grid: ParallelGrid) -> PipelineModule:
     return PipelineModule(specs, topology=topology, loss_fn=loss_of, partition_method="parameters")
 
 
-def loss_of(logits: Tensor, tokens: Tensor) -> Tensor:
-    return F.cross_entropy(logits[:, :-1, :VOCABULARY].flatten(0, 1), tokens[:, 1:].flatten())
-
-
-def randomise(model: nn.Module, grid: ParallelGrid) -> None:
-    """Draw a parameter's values by its name: the same to all ranks that share it, others for each part."""
-    for name, parameter in model.named_parameters():
-        part = grid.tensor_parallel_rank if getattr(parameter, "tensor_model_parallel", False) else 0
-        generator = torch.Generator().manual_seed(100 * sum(name.encode()) + part)
-        mean = float("norm" in name and name.endswith("weight"))
-        parameter.data = mean + 0.3 * torch.randn(parameter.shape, generator=generator)
-
-
-def universal_info(args: argparse.Namespace, staged: bool) -> dict[str, Any]:
-    """Return what it saves for DeepSpeed's ``ds_to_universal``."""
-    layer = r"\d+\." if staged else r"language_model\.encoder\.layers\.\d+\."
-    embedding = (
-        (r"tied_modules\.embed\." if not args.untie_embeddings_and_output_weights else r"1\.")
-        if staged
-        else (r"language_model\.embedding\.")
-    )
-    final = r"\d+\." if staged else r"language_model\.encoder\.final_layernorm\."
-    words = [f"{embedding}word_embeddings.weight"]
-    if args.untie_embeddings_and_output_weights:
-        words.append(r"\d+\.lm_head\.weight" if staged else r"language_model\.output_layer\.weight")
-    kinds = ["weight", "bias"] if args.normalization == "layernorm" else ["weight"]
-    whole = [f"{layer}{part}_layernorm.{kind}" for part in ("input", "post_attention") for kind in kinds]
-    whole += [f"{final}{kind}$" for kind in kinds]
-    if args.add_position_embedding:
-        whole.append(f"{embedding}position_embeddings.weight")
-    if args.add_bias_linear:
-        whole += [f"{layer}self_attention.dense.bias", f"{layer}mlp.dense_4h_to_h.bias"]
-    return {
-        "universal_checkpoint_version": 0.2,
-        "original_vocab_size": VOCABULARY,
-        "padded_vocab_size": PADDED,
-        "vocabulary_parameter_patterns": words,
-        "tp_replicated_parameter_patterns": whole,
-        "parameter_with_row_parallelism_patterns": [
-            f"{layer}self_attention.dense.weight",
-            f"{layer}mlp.dense_4h_to_h.weight",
-        ],
-        "parameter_with_2_sub_params_cat_dim_0": [f"{layer}mlp.dense_h_to_4h.weight"] if args.swiglu else [],
-        "pipeline_replicated_parameter_patterns": [embedding] if staged and embedding.startswith("tied") else [],
-    }
-
-
-def whole_name(name: str, layers: int) -> str:
-    """Return what a pipeline layer's parameter is called in the model without stages."""
-    name = re.sub(r"^(tied_modules\.embed|1)\.", "language_model.embedding.", name)
-    name = name.replace(f"{layers + 3}.lm_head.", "language_model.output_layer.")
-    name = re.sub(rf"^{layers + 2}\.", "language_model.encoder.final_layernorm.", name)
-    return re.sub(r"^(\d+)\.", lambda match: f"language_model.encoder.layers.{int(match[1]) - 2}.", name)
-
-
-def train_all(folder: Path, names: list[str], tokens: Tensor) -> dict[str, dict[str, Any]]:
-    """Train and save the models; return this rank's parts of their states by name, and the logits of ``tokens``."""
-    join_world()
-    results = {}
-    for name in names:
-        changes, layout = CASES[name]
-        sizes = {key: value for key, value in layout.items() if key != "zero"}
-        grid = ParallelGrid.create(ParallelConfig(**sizes))
-        args = settings(**changes, tensor_model_parallel_size=grid.tensor_parallel_size)
-        staged = grid.pipeline_parallel_size > 1
-        model: Any = pipeline(args, grid) if staged else GPT(args, grid)
-        randomise(model, grid)
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-3),
-            config={
-                "train_micro_batch_size_per_gpu": 2,
-                "gradient_accumulation_steps": 1,
-                "zero_optimization": {"stage": layout["zero"]},
-            },
-            mpu=None if staged else DeepSpeedGrid(grid),
-            dist_init_required=False,
+def loss_of(outputs: Tensor | tuple[Tensor, Tensor], tokens: Tensor) -> Tensor:
+    """Return some loss that every parameter has a part in."""
+    if isinstance(outputs, tuple):
+        words, pairs = outputs
+        return F.cross_entropy(words[..., :VOCABULARY].flatten(0, 1), tokens.flatten()) + F.cross_entropy(
+            pairs, tokens[:, 0] % 2
         )
-        generator = torch.Generator().manual_seed(grid.data_parallel_rank)
-        for _ in range(STEPS):
-            batch = torch.randint(VOCABULARY, (2, POSITIONS), generator=generator)
-            if staged:
-                engine.train_batch(iter([(batch, batch)]))
-            else:
-                engine.backward(loss_of(engine(batch), batch))
-                engine.step()
-        info = universal_info(args, staged)
-        state = {"args": args, "iteration": STEPS, "checkpoint_version": 3.0, "universal_checkpoint_info": info}
-        engine.save_checkpoint(str(folder / name), client_state=state)
-        states = {
-            whole_name(theirs, args.num_layers): {
-                "weight": safe_get_full_fp32_param(parameter).clone(),
-                **{key: safe_get_full_optimizer_state(parameter, key).clone() for key in ("exp_avg", "exp_avg_sq")},
-            }
-            for theirs, parameter in model.named_parameters()
-        }
-        engine.eval()
-        with torch.no_grad():
-            logits = engine.eval_batch(iter([(tokens, tokens)]), return_logits=True)[1] if staged else engine(tokens)
-        place = grid.pipeline_parallel_rank, grid.tensor_parallel_rank, grid.data_parallel_rank
-        results[name] = {"place": place, "states": states, "logits": logits}
-    leave_world()
-    return results
+    logits = outputs
+    return F.cross_entropy(logits[:, :-1, :VOCABULARY].flatten(0, 1), tokens[:, 1:].flatten())

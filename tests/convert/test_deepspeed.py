@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from launcher.start import megacore_command, mpi_command
 from megacore.checkpoint.reader import CheckpointReader
@@ -184,3 +186,47 @@ def test_what_is_missing_or_damaged_is_named(runs: dict[str, RunConfig], tmp_pat
     victim.unlink()
     with pytest.raises(CheckpointError, match=r"zero_pp_rank_1_mp_rank_01_optim_states\.pt is missing"):
         DeepSpeedSource(native, config.model)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "shape", "moment's shape", "no parameter", "no tensor"])
+def test_a_parameters_file_that_cannot_be_is_named(runs: dict[str, RunConfig], damage: str, tmp_path: Path) -> None:
+    source = saved(runs["dp4 zero1"])
+    export_universal(source, tmp_path / "universal", ParallelConfig(), Alone())
+    folder = next(tmp_path.glob("universal/*/zero/steps.2.*mlp.up_weight"))
+    file, states = folder / "exp_avg_sq.pt", ("exp_avg", "exp_avg_sq", "fp32")
+    named = rf"mlp\.up_weight/{file.name}"
+    if damage == "missing":
+        file.unlink()
+    elif damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-200])
+    elif damage == "no tensor":
+        torch.save({"param": 1}, file)
+    elif damage == "no parameter":
+        shutil.rmtree(folder)
+        named = r"steps\.2\..*up_weight is missing"
+    else:
+        for state in states if damage == "shape" else ("exp_avg_sq",):
+            torch.save({"param": torch.zeros(7)}, folder / f"{state}.pt")
+        named = r"mlp\.up_weight/fp32\.pt: .* has the shape" if damage == "shape" else named
+    with pytest.raises(CheckpointError, match=named):
+        DeepSpeedSource(tmp_path / "universal")
+
+
+@pytest.mark.parametrize("damage", ["missing", "shorter", "no shapes"])
+def test_a_ranks_file_that_cannot_be_is_named(runs: dict[str, RunConfig], damage: str, tmp_path: Path) -> None:
+    config = runs["tp2 dp2 zero1"]
+    shutil.copytree(config.training.output_dir / "native", tmp_path / "native")
+    file = next(tmp_path.glob("native/*/mp_rank_01_model_states.pt"))
+    if damage == "shorter":
+        file = next(tmp_path.glob("native/*/zero_pp_rank_0_mp_rank_01_optim_states.pt"))
+        content = torch.load(file, weights_only=False)
+        flat = content["optimizer_state_dict"]["single_partition_of_fp32_groups"]
+        flat[0] = flat[0][:-100].clone()
+        torch.save(content, file)
+    elif damage == "missing":
+        file.unlink()
+    else:
+        torch.save({"module": {}}, file)
+        file = next(tmp_path.glob("native/*/zero_pp_rank_0_mp_rank_01_optim_states.pt"))
+    with pytest.raises(CheckpointError, match=re.escape(file.name)):
+        DeepSpeedSource(tmp_path / "native", config.model)

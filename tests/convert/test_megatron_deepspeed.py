@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,14 +12,17 @@ import numpy as np
 import pytest
 import torch
 
+from launcher.start import megacore_command, mpi_command
 from megacore.checkpoint.load import load_model
 from megacore.checkpoint.reader import CheckpointReader
 from megacore.communicator import Alone
 from megacore.config import ParallelConfig
 from megacore.convert.deepspeed import DeepSpeedSource
 from megacore.convert.imports import import_checkpoint
+from megacore.errors import ConfigError, MegacoreError
 from megacore.models.batch import ModelBatch
-from tests.convert.megatron_deepspeed_models import CASES, PADDED, POSITIONS, STEPS, VOCABULARY, settings, train_all
+from tests.convert.megatron_deepspeed_models import PADDED, POSITIONS, VOCABULARY, segments_of
+from tests.convert.megatron_deepspeed_runs import CASES, STEPS, settings, train_all
 from tests.convert.test_convert_command import run
 from tests.ranks import run_ranks
 
@@ -49,6 +54,16 @@ def parameters(name: str, ranks: list[dict[str, Any]], state: str) -> dict[str, 
         found["embeddings.position"] = held["language_model.embedding.position_embeddings.weight"][0]
     if args.untie_embeddings_and_output_weights:
         found["lm_head.weight"] = torch.cat(held["language_model.output_layer.weight"])[:VOCABULARY]
+    if args.bert:
+        names = {
+            "embeddings.segment": "language_model.embedding.tokentype_embeddings.weight",
+            **{f"lm_head.transform_{kind}": f"lm_head.dense.{kind}" for kind in ("weight", "bias")},
+            **{f"lm_head.norm.{kind}": f"lm_head.layernorm.{kind}" for kind in ("weight", "bias")},
+            **{f"nsp_head.pooler_{kind}": f"language_model.pooler.dense.{kind}" for kind in ("weight", "bias")},
+            **{f"nsp_head.{kind}": f"binary_head.{kind}" for kind in ("weight", "bias")},
+        }
+        found |= {ours: held[theirs][0] for ours, theirs in names.items()}
+        found["lm_head.bias"] = torch.cat(held["lm_head.bias"])[:VOCABULARY]
     kinds = ("weight", "bias") if args.add_bias_linear else ("weight",)
     norm_kinds = ("weight", "bias") if args.normalization == "layernorm" else ("weight",)
     for kind in norm_kinds:
@@ -109,14 +124,17 @@ def test_native_checkpoints_are_read_bit_for_bit_and_compute_the_same(
     assert (progress.step, progress.optimizer_step) == (STEPS, STEPS)
     assert any(f"{PADDED - VOCABULARY} rows of padding" in what for what in DeepSpeedSource(folder / name).left_out)
     count, length = TOKENS.shape
-    tokens = torch.stack([TOKENS.flatten(), torch.zeros(count * length).long(), torch.arange(length).repeat(count)])
+    is_bert = reader.manifest.model.architecture == "encoder"
+    segments = segments_of(TOKENS) if is_bert else torch.zeros_like(TOKENS)
+    tokens = torch.stack([TOKENS.flatten(), segments.flatten(), torch.arange(length).repeat(count)])
     sequences = torch.tensor([[length] * count, [0] * count, list(range(count))])
     batch = ModelBatch(tokens, sequences, torch.arange(count * length), TOKENS.flatten(), torch.zeros(count).long())
     with torch.no_grad():
-        logits = load_model(reader, torch.float32)(batch)[0]
-    theirs = next(rank["logits"] for rank in ranks[::-1] if rank["logits"] is not None)
-    expected = theirs[..., :VOCABULARY].flatten(0, 1)
-    assert float((logits - expected).abs().max()) <= 1e-5 * max(1.0, float(expected.abs().max()))
+        outputs = load_model(reader, torch.float32)(batch)
+    theirs = next(rank["outputs"] for rank in ranks[::-1] if rank["outputs"] is not None)
+    words, *pairs = theirs if is_bert else (theirs,)
+    for mine, expected in zip(outputs, [words[..., :VOCABULARY].flatten(0, 1), *pairs], strict=True):
+        assert float((mine - expected).abs().max()) <= 1e-5 * max(1.0, float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -128,3 +146,52 @@ def test_what_deepspeeds_own_tool_makes_of_them_is_read_bit_for_bit(
     workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
     run([*tool, "--input_folder", str(source), "--output_folder", str(universal), *workers])
     assert_same(imported(universal, tmp_path / "imported"), name, trained[1][name])
+
+
+def changed(source: Path, target: Path, **changes: Any) -> Path:
+    """Copy a checkpoint with other settings; without any if there are none."""
+    shutil.copytree(source, target)
+    for file in target.glob("*/mp_rank_*_model_states.pt"):
+        content = torch.load(file, weights_only=False)
+        for key, value in changes.items():
+            setattr(content["args"], key, value)
+        if not changes:
+            del content["args"]
+        torch.save(content, file)
+    return target
+
+
+def test_the_command_reads_them_and_needs_a_configuration_only_where_there_are_no_settings(
+    trained: tuple[Path, Any], tmp_path: Path
+) -> None:
+    source = trained[0] / "llama tp2 pp2"
+    said = run(mpi_command(2, "convert", source, tmp_path / "first"))
+    assert "deepspeed → megacore" in said and "6 rows of padding of tied_modules" not in said
+    assert "6 rows of padding of 1.word_embeddings.weight, 6 rows of padding of 7.lm_head.weight" in said
+    first = CheckpointReader(tmp_path / "first")
+    bare = changed(source, tmp_path / "bare")
+    with pytest.raises(ConfigError, match="--config"):
+        DeepSpeedSource(bare)
+    (tmp_path / "run.yaml").write_text(json.dumps({"model": first.manifest.model.model_dump(mode="json")}))
+    run(megacore_command("convert", bare, tmp_path / "second", "--config", tmp_path / "run.yaml"))
+    assert_same(CheckpointReader(tmp_path / "second"), "llama tp2 pp2", trained[1]["llama tp2 pp2"])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "named"),
+    [
+        ("gpt tp2 dp2 zero1", {"num_layers": 3}, r"layers\.3\.\S* does not belong to the model"),
+        ("gpt tp2 dp2 zero1", {"ffn_hidden_size": 64}, r"mp_rank_00_model_states\.pt: .*dense_h_to_4h.* has the shape"),
+        ("gpt tp2 dp2 zero1", {"num_experts": [4]}, "num_experts"),
+        ("gpt tp2 dp2 zero1", {"squared_relu": True}, "squared_relu"),
+        ("llama tp2 dp2 zero1", {"normalization": "other"}, "normalization"),
+        ("llama tp2 dp2 zero1", {"rotary_percent": 0.5}, "rotary_percent"),
+        ("llama tp2 dp2 zero1", {"ds_sequence_parallel_fpdt": False}, "num_key_value_heads=4"),
+    ],
+)
+def test_a_model_that_is_another_or_that_megacore_does_not_compute_is_refused_by_name(
+    name: str, changes: dict[str, Any], named: str, trained: tuple[Path, Any], tmp_path: Path
+) -> None:
+    source = changed(trained[0] / name, tmp_path / "changed", **changes)
+    with pytest.raises(MegacoreError, match=named):
+        DeepSpeedSource(source)
