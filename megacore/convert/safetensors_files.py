@@ -1,22 +1,16 @@
-"""Other programs' safetensors files: tensors that stay on the disk.
-
-The format (https://github.com/huggingface/safetensors) is described in `megacore.checkpoint.stream`. The library maps
-a file, so it would hold all that was ever read of it.
-"""
+"""Other programs' safetensors files: tensors that stay on the disk."""
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from megacore.checkpoint.header import Place, read_header
 from megacore.convert.stored_tensor import StoredTensor
 from megacore.errors import CheckpointError
 
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -38,34 +32,17 @@ def load_safetensors(path: Path) -> dict[str, StoredTensor]:
         CheckpointError: it is missing, damaged, or has a tensor of another dtype.
     """
     try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
-                raise ValueError("its header is damaged")
-            header = json.loads(file.read(length))
-        return {
-            key: _stored(path, key, entry, 8 + length, size) for key, entry in header.items() if key != "__metadata__"
-        }
+        return {key: _stored(path, key, place) for key, place in read_header(path).places.items()}
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a safetensors file: {error}") from None
 
 
-def _stored(path: Path, key: str, entry: Any, begin: int, size: int) -> StoredTensor:
-    try:
-        word = str(entry["dtype"])
-        shape = tuple(int(length) for length in entry["shape"])
-        start, stop = (begin + int(place) for place in entry["data_offsets"])
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"the header's entry of {key} is damaged") from None
-    if word not in _DTYPES:
-        raise ValueError(f"{key} has the dtype {word}, which is not read; its weights must be floating-point numbers")
-    dtype = _DTYPES[word]
-    if min(shape, default=1) < 0 or not begin <= start <= stop <= size:
-        raise ValueError(f"{key} does not lie in the file: it is cut short or damaged")
-    if stop - start != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"the header's entry of {key} is damaged")
+def _stored(path: Path, key: str, place: Place) -> StoredTensor:
+    code, shape, start, _ = place
+    if code not in _DTYPES:
+        raise ValueError(f"{key} has the dtype {code}, which is not read; its weights must be floating-point numbers")
+    place.check(key, _DTYPES[code].itemsize)
     strides = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
-    return StoredTensor(path, dtype, shape, strides, start)
+    return StoredTensor(path, _DTYPES[code], shape, strides, start)
