@@ -8,9 +8,11 @@ The last line is one JSON object:
 - ``reshard_vs_cp``: wall time of ``megacore convert``, TP 2 × PP 2 to TP 4, by that of ``cp -r`` of the same bytes,
   both flushed to the disk;
 - ``reshard_rss_excess_mb``: its peak resident memory beyond twice the largest target shard of a tensor;
-- ``ranks2_speedup``: one rank's time by two ranks'; ``ranks2_vs_cp2``: two ranks' time by that of two ``cp`` that share
-  the same bytes, which is what the disk and the two processors give;
-- ``async_stall_ratio``: what a save in the background adds to the steps beside it, by what a waiting save adds;
+- ``ranks2_speedup``: one rank's time by two ranks', the start of ``mpirun`` included;
+- ``ranks1_vs_disk``, ``ranks2_vs_disk``: the time that the command says it took, without its start, by that of two
+  ``cp`` that share the same bytes, which is what the disk gives;
+- ``async_stall_ratio``: the time that a save in the background takes from training (the copy, and that the steps beside
+  the writing are longer) by the time of a waiting save;
 - ``open_10k_files_s``: seconds to open a checkpoint of 10,000 files and 1,000 layers.
 """
 
@@ -20,12 +22,13 @@ import argparse
 import json
 import math
 import os
-import resource
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -101,17 +104,32 @@ def copied_by_two(source: Path, target: Path) -> None:
     flush(target)
 
 
-def seconds_of(run: Callable[[], Any]) -> float:
-    """Return how long a call takes."""
+def seconds_of(run: Callable[[], Any]) -> tuple[float, Any]:
+    """Return how long a call takes, and what it returns."""
     os.sync()
     began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
+    result = run()
+    return time.perf_counter() - began, result
 
 
-def command(words: list[str]) -> None:
-    """Run a command of one thread for each process."""
-    subprocess.run(words, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+MEASURED = """
+import resource, subprocess, sys
+done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, text=True)
+print(done.stdout, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(done.returncode)
+"""
+"""Runs a command from a small process: a child's peak begins with what its parent held when it was started."""
+
+
+def peak_of(words: list[str]) -> int:
+    """Run a command; return its peak resident memory in bytes."""
+    return 1024 * int(said_by([sys.executable, "-c", MEASURED, *words]).split()[-1])
+
+
+def said_by(words: list[str]) -> str:
+    """Run a command of one thread for each process; return what it says."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
 
 
 def resharding(folder: Path, model: ModelConfig, rounds: int) -> dict[str, float]:
@@ -119,41 +137,40 @@ def resharding(folder: Path, model: ModelConfig, rounds: int) -> dict[str, float
     source, target = folder / "source", folder / "target"
     write_random(source, model)
     words = ("convert", source, target, f"tensor_parallel_size={TARGET_PARTS}")
+    peak = peak_of(megacore_command(*words))
+    shutil.rmtree(target)
     runs = {
-        "one": partial(command, megacore_command(*words)),
         "cp": partial(copied, source, target),
-        "two": partial(command, mpi_command(2, *words)),
-        "cp2": partial(copied_by_two, source, target),
+        "one": partial(said_by, megacore_command(*words)),
+        "disk": partial(copied_by_two, source, target),
+        "two": partial(said_by, mpi_command(2, *words)),
     }
-    times: dict[str, list[float]] = {who: [] for who in runs}
-    peak = 0
-    for number in range(rounds + 1):
+    times: dict[str, list[float]] = defaultdict(list)
+    for _ in range(rounds):
         for who, run in runs.items():
-            seconds = seconds_of(run)
+            seconds, said = seconds_of(run)
+            times[who].append(seconds)
+            if said:  # "TARGET: megacore → megacore, 1.7 s with 2 ranks"
+                times[f"{who} moving"].append(float(said.split()[-5]))
             shutil.rmtree(target)
-            if number:  # the first round only finds the memory in which files are cached
-                times[who].append(seconds)
-            elif who == "one":  # before other children are counted
-                peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     shutil.rmtree(source)
     shard = Shard(0, TARGET_PARTS)
     largest = max(math.prod(region_shape(spec.local_region(shard))) * 2 for spec in declarations(model).values())
     median = {who: statistics.median(values) for who, values in times.items()}
     size = described(model).num_parameters * 2
-    print(
-        f"{size / 1e9:.2f} GB: cp -r {median['cp']:.2f} s, 1 rank {median['one']:.2f} s, "
-        f"2 ranks {median['two']:.2f} s, two cp {median['cp2']:.2f} s; peak {peak / 1e6:.0f} MB"
-    )
+    print(f"{size / 1e9:.2f} GB: " + ", ".join(f"{who} {seconds:.2f} s" for who, seconds in median.items()))
+    print(f"peak of one rank: {peak / 1e6:.0f} MB; largest target shard {largest / 1e6:.0f} MB")
     return {
         "reshard_vs_cp": median["one"] / median["cp"],
         "reshard_rss_excess_mb": (peak - 2 * largest) / 1e6,
         "ranks2_speedup": median["one"] / median["two"],
-        "ranks2_vs_cp2": median["two"] / median["cp2"],
+        "ranks1_vs_disk": median["one moving"] / median["disk"],
+        "ranks2_vs_disk": median["two moving"] / median["disk"],
     }
 
 
 def stall(folder: Path, model: ModelConfig, rounds: int) -> float:
-    """Return what a background save adds to the steps beside it, by what a waiting one does: fp32, with moments."""
+    """Return what a background save costs training, by what a waiting one does: weights and moments, fp32."""
     specs = declarations(model)
     values = {name: np.ones(spec.shape, np.float32) for name, spec in specs.items()}
     states = (WEIGHT, *MOMENTS)
@@ -163,34 +180,43 @@ def stall(folder: Path, model: ModelConfig, rounds: int) -> float:
     pieces, manifest = [piece for _, file in files for piece in file], described(model, Layout())
     torch.set_num_threads(1)
     a, b = torch.randn(2, 768, 768)
-    savers = {"waiting": Saver(Alone(), in_background=False), "beside": Saver(Alone(), in_background=True)}
 
-    def train(kind: str, steps: int) -> float:
-        """Return the seconds of a save, if it is one of `savers`, and of the steps after it."""
-        path = folder / kind
+    def step() -> float:
+        began = time.perf_counter()
+        for _ in range(10):
+            torch.mm(a, b)
+        return time.perf_counter() - began
 
-        def run() -> None:
-            if kind in savers:
-                savers[kind].save(path, pieces, manifest, lambda: None)
-            for _ in range(steps):
-                torch.mm(a, b)
+    def saved(background: bool) -> tuple[float, float]:
+        """Return the seconds that a save holds up the caller, and by which it makes the steps beside it longer."""
+        done: list[float] = []
+        saver = savers[background]
+        held, _ = seconds_of(
+            lambda: saver.save(folder / "save", pieces, manifest, lambda: done.append(time.perf_counter()))
+        )
+        beside = []
+        while not done:
+            beside.append(step())
+        saver.wait()
+        after = [step() for _ in range(max(20, len(beside)))]
+        shutil.rmtree(folder / "save")
+        return held, len(beside) * (statistics.median(beside) - statistics.median(after)) if beside else 0.0
 
-        seconds = seconds_of(run)
-        if kind in savers:
-            savers[kind].wait()
-            shutil.rmtree(path)
-        return seconds
-
-    train("beside", 0)  # the first save makes the memory for the copy
-    steps = int(100 * 2 * train("waiting", 0) / train("plain", 100))  # twice as long as a save
-    times = {kind: [train(kind, steps) for _ in range(rounds)] for kind in ("plain", *savers)}
-    plain, waiting, beside = (statistics.median(seconds) for seconds in times.values())
+    savers = {kind: Saver(Alone(), in_background=kind) for kind in (False, True)}
+    saved(True)  # makes the memory for the copy
+    waiting, copying, slowed = [], [], []
+    for _ in range(rounds):
+        waiting.append(saved(False)[0])
+        held, longer = saved(True)
+        copying.append(held)
+        slowed.append(longer)
     size = 3 * sum(array.nbytes for array in values.values())
+    wait, copy, slow = (statistics.median(seconds) for seconds in (waiting, copying, slowed))
     print(
-        f"save of {size / 1e9:.2f} GB beside {steps} steps of {plain:.2f} s: waiting +{waiting - plain:.2f} s, "
-        f"in the background +{beside - plain:.2f} s"
+        f"save of {size / 1e9:.2f} GB: waiting {wait:.2f} s; in the background {copy:.2f} s to copy, {slow:.2f} s "
+        "by which the steps beside it take longer"
     )
-    return (beside - plain) / (waiting - plain)
+    return (copy + max(0.0, slow)) / wait
 
 
 def opening(folder: Path) -> float:
@@ -208,7 +234,7 @@ def opening(folder: Path) -> float:
         for number in range(FILES)
     }
     (folder / MANIFEST).write_text(manifest.model_copy(update={"files": files}).to_json())
-    seconds = seconds_of(partial(CheckpointReader, folder))
+    seconds, _ = seconds_of(partial(CheckpointReader, folder))
     print(f"{FILES:,} files, {len(manifest.parameters):,} parameters: opened in {seconds:.2f} s")
     return seconds
 
@@ -227,7 +253,7 @@ def main() -> None:
     saved = validated(ModelConfig, {"preset": "llama-1b3", **sizes})
     with tempfile.TemporaryDirectory() as folder:
         figures = resharding(Path(folder), model, rounds=3 if small else 5)
-        figures["async_stall_ratio"] = stall(Path(folder), saved, rounds=3)
+        figures["async_stall_ratio"] = stall(Path(folder), saved, rounds=5)
         figures["open_10k_files_s"] = opening(Path(folder))
     print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from launcher.bars import byte_bar
+from launcher.memory import keep_freed_memory
 from launcher.options import one_of
 from megacore.communicator import Alone, mpi_or_alone, together
 from megacore.errors import ConfigError
@@ -50,6 +51,7 @@ def grow(
     from megacore.settings import parse_overrides, validated
     from megacore.training.runs import followed
 
+    keep_freed_memory()
     group = mpi_or_alone()
     began = time.perf_counter()
     source = followed(source, group)

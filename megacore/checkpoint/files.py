@@ -18,8 +18,8 @@ from megacore.communicator import Communicator
 from megacore.config import ParallelConfig
 from megacore.specs import Region, Shard, TensorSpec, region_shape
 
-_BLOCK_ENTRIES = 1 << 21
-"""Entries of a tensor that are computed at once: bounds the memory, 16 MiB in float64."""
+_BLOCK_ENTRIES = 1 << 19
+"""Entries of a tensor that are computed at once: what a processor's cache holds, 1 MiB in bfloat16."""
 MAX_FILE_BYTES = 1 << 30
 """A tensor-parallel rank's tensors are spread over files of about this size."""
 _BLOCK_NAME = re.compile(r"(.*\.)?layers\.\d+\.")

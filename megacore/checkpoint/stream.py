@@ -25,7 +25,7 @@ CODES = {"float32": "F32", "float64": "F64", "bfloat16": "BF16"}
 """The dtypes that are stored, by their names in manifests -> in safetensors' headers."""
 NUMPY = {name: np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name) for name in CODES}
 """Numpy's types of the stored values."""
-_QUEUED = 2
+_QUEUED = 8
 """Blocks that may wait to be written, so that a writer that lags behind does not fill the memory."""
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Thread
+from threading import Thread, get_native_id
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,11 @@ from megacore.checkpoint.pieces import Piece
 from megacore.checkpoint.stream import NUMPY
 from megacore.checkpoint.writer import PieceToWrite, write_checkpoint
 from megacore.communicator import Communicator
+
+_COPIERS = 4
+"""Threads that copy: one does not use all of a memory's bandwidth."""
+_NICE = 19
+"""Priority of the thread that writes: the lowest."""
 
 
 class Saver:
@@ -58,7 +65,8 @@ class Saver:
         if not self._in_background:
             write(pieces)
             return
-        copied = [self._copied(item) for item in pieces]
+        with ThreadPoolExecutor(_COPIERS) as copiers:  # training waits for this
+            copied = list(copiers.map(self._copied, pieces))
         self._thread = Thread(target=self._caught, args=(write, copied), name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -96,6 +104,8 @@ class Saver:
         return item._replace(blocks=lambda: [buffer])
 
     def _caught(self, write: Callable[[Sequence[PieceToWrite]], None], pieces: Sequence[PieceToWrite]) -> None:
+        if hasattr(os, "setpriority"):  # training comes first where they share processors; threads made here inherit it
+            os.setpriority(os.PRIO_PROCESS, get_native_id(), _NICE)
         try:
             write(pieces)
         except BaseException as error:  # raised where the run waits
