@@ -11,8 +11,9 @@ The last line is one JSON object:
 - ``ranks2_speedup``: one rank's time by two ranks', the start of ``mpirun`` included;
 - ``ranks1_vs_disk``, ``ranks2_vs_disk``: the time that the command says it took, without its start, by that of two
   ``cp`` that share the same bytes, which is what the disk gives;
-- ``async_stall_ratio``: the time that a save in the background takes from training (the copy, and that the steps beside
-  the writing are longer) by the time of a waiting save;
+- ``async_stall_ratio``: by how much a save in the background makes its step longer (the call, the copy beside it, and
+  what the update waits for the copy), by the time of a waiting save; ``async_contention_ratio``: by how much it makes
+  the steps longer that share processors and memory with the writing, together, by the same;
 - ``open_10k_files_s``: seconds to open a checkpoint of 10,000 files and 1,000 layers.
 """
 
@@ -169,7 +170,7 @@ def resharding(folder: Path, model: ModelConfig, rounds: int) -> dict[str, float
     }
 
 
-def stall(folder: Path, model: ModelConfig, rounds: int) -> float:
+def stall(folder: Path, model: ModelConfig, rounds: int) -> dict[str, float]:
     """Return what a background save costs training, by what a waiting one does: weights and moments, fp32."""
     specs = declarations(model)
     values = {name: np.ones(spec.shape, np.float32) for name, spec in specs.items()}
@@ -181,42 +182,40 @@ def stall(folder: Path, model: ModelConfig, rounds: int) -> float:
     torch.set_num_threads(1)
     a, b = torch.randn(2, 768, 768)
 
-    def step() -> float:
+    def step(saver: Saver) -> float:
+        """Compute for some tenths of a second, and come to the update of the weights."""
         began = time.perf_counter()
-        for _ in range(10):
+        for _ in range(30):
             torch.mm(a, b)
+        saver.wait_for_copy()
         return time.perf_counter() - began
 
-    def saved(background: bool) -> tuple[float, float]:
-        """Return the seconds that a save holds up the caller, and by which it makes the steps beside it longer."""
+    def saved(saver: Saver) -> tuple[float, float]:
+        """Return the seconds by which a save makes its step longer, and the steps beside the writing, together."""
         done: list[float] = []
-        saver = savers[background]
         held, _ = seconds_of(
             lambda: saver.save(folder / "save", pieces, manifest, lambda: done.append(time.perf_counter()))
         )
         beside = []
         while not done:
-            beside.append(step())
+            beside.append(step(saver))
         saver.wait()
-        after = [step() for _ in range(max(20, len(beside)))]
+        usual = statistics.median(step(saver) for _ in range(10))
         shutil.rmtree(folder / "save")
-        return held, len(beside) * (statistics.median(beside) - statistics.median(after)) if beside else 0.0
+        first, others = beside[:1], beside[1:]
+        longer = [statistics.median(part) - usual if part else 0.0 for part in (first, others)]
+        return held + longer[0], len(others) * longer[1]
 
-    savers = {kind: Saver(Alone(), in_background=kind) for kind in (False, True)}
-    saved(True)  # makes the memory for the copy
-    waiting, copying, slowed = [], [], []
-    for _ in range(rounds):
-        waiting.append(saved(False)[0])
-        held, longer = saved(True)
-        copying.append(held)
-        slowed.append(longer)
+    beside, waiting = Saver(Alone(), in_background=True), Saver(Alone(), in_background=False)
+    saved(beside)  # makes the memory for the copy
+    times = [(saved(waiting)[0], *saved(beside)) for _ in range(rounds)]
+    wait, own, others = (statistics.median(column) for column in zip(*times, strict=True))
     size = 3 * sum(array.nbytes for array in values.values())
-    wait, copy, slow = (statistics.median(seconds) for seconds in (waiting, copying, slowed))
     print(
-        f"save of {size / 1e9:.2f} GB: waiting {wait:.2f} s; in the background {copy:.2f} s to copy, {slow:.2f} s "
-        "by which the steps beside it take longer"
+        f"save of {size / 1e9:.2f} GB: waiting {wait:.2f} s; in the background its step +{own:.2f} s, "
+        f"the steps beside it +{others:.2f} s"
     )
-    return (copy + max(0.0, slow)) / wait
+    return {"async_stall_ratio": own / wait, "async_contention_ratio": others / wait}
 
 
 def opening(folder: Path) -> float:
@@ -253,7 +252,7 @@ def main() -> None:
     saved = validated(ModelConfig, {"preset": "llama-1b3", **sizes})
     with tempfile.TemporaryDirectory() as folder:
         figures = resharding(Path(folder), model, rounds=3 if small else 5)
-        figures["async_stall_ratio"] = stall(Path(folder), saved, rounds=5)
+        figures |= stall(Path(folder), saved, rounds=5)
         figures["open_10k_files_s"] = opening(Path(folder))
     print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -52,6 +52,8 @@ class TrainingEngine:
         multipliers: Multipliers | None = None,
     ) -> None:
         self._config, self._grid, self.device = config, grid, device
+        self.before_update: Callable[[], None] = lambda: None
+        """Called in every step when gradients are complete and nothing is changed yet."""
         declare = Declare(config.model, grid.shard, device, DTYPES[config.training.dtype])
         kit = Kit(config.model, declare, grid, config.training.seed, config.training.compile)
         self.zero_stage: int = settings["zero_optimization"]["stage"]
@@ -66,6 +68,7 @@ class TrainingEngine:
         )
         if not config.model.num_experts:
             add_universal_info(self.model, config.model, config.parallel.pipeline_parallel_size > 1)
+        optimizer.register_step_pre_hook(lambda *arguments: self.before_update())
         self._runner.start(optimizer)
 
     @property

@@ -106,6 +106,7 @@ class TrainingStage:
         self._log: MetricsLog | None = None
         saving = TorchRanks(apart=True) if self._training.async_save else group
         self._saver = Saver(saving, self._training.async_save)
+        self._engine.before_update = self._saver.wait_for_copy
 
     def _load(self, reader: CheckpointReader) -> None:
         load_state(self._engine, reader)

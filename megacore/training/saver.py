@@ -1,12 +1,12 @@
-"""Saving while training goes on: a copy in host memory, which a thread writes."""
+"""Saving while training goes on: a thread copies the state before it is changed, and writes the copy."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Thread, get_native_id
+from threading import Event, Thread, get_native_id
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,6 @@ from megacore.checkpoint.stream import NUMPY
 from megacore.checkpoint.writer import PieceToWrite, write_checkpoint
 from megacore.communicator import Communicator
 
-_COPIERS = 4
-"""Threads that copy: one does not use all of a memory's bandwidth."""
 _NICE = 19
 """Priority of the thread that writes: the lowest."""
 
@@ -36,6 +34,8 @@ class Saver:
         self._group, self._in_background = group, in_background
         self._thread: Thread | None = None
         self._error: BaseException | None = None
+        self._is_copied = Event()
+        self._is_copied.set()
         self._buffers: dict[Piece, NDArray[Any]] = {}
 
     def save(
@@ -49,7 +49,7 @@ class Saver:
 
         Args:
             path: the checkpoint's directory; must not exist.
-            pieces: of this rank; their values may change once this returns.
+            pieces: of this rank; their values may change once `wait_for_copy` has returned.
             manifest: all but the files' records.
             done: called on every rank once the checkpoint is complete.
 
@@ -65,10 +65,13 @@ class Saver:
         if not self._in_background:
             write(pieces)
             return
-        with ThreadPoolExecutor(_COPIERS) as copiers:  # training waits for this
-            copied = list(copiers.map(self._copied, pieces))
-        self._thread = Thread(target=self._caught, args=(write, copied), name="checkpoint", daemon=True)
+        self._is_copied.clear()
+        self._thread = Thread(target=self._caught, args=(write, pieces), name="checkpoint", daemon=True)
         self._thread.start()
+
+    def wait_for_copy(self) -> None:
+        """Wait until what is being saved may change: a step computes beside the copy, and calls this to update."""
+        self._is_copied.wait()
 
     def wait(self) -> None:
         """Wait for the checkpoint that is being written.
@@ -104,9 +107,13 @@ class Saver:
         return item._replace(blocks=lambda: [buffer])
 
     def _caught(self, write: Callable[[Sequence[PieceToWrite]], None], pieces: Sequence[PieceToWrite]) -> None:
-        if hasattr(os, "setpriority"):  # training comes first where they share processors; threads made here inherit it
-            os.setpriority(os.PRIO_PROCESS, get_native_id(), _NICE)
         try:
-            write(pieces)
+            try:
+                if sys.platform == "linux":  # training comes first; the threads that write inherit it
+                    os.setpriority(os.PRIO_PROCESS, get_native_id(), _NICE)
+                copied = [self._copied(item) for item in pieces]
+            finally:
+                self._is_copied.set()
+            write(copied)
         except BaseException as error:  # raised where the run waits
             self._error = error
