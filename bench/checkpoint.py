@@ -134,7 +134,11 @@ def said_by(words: list[str]) -> str:
 
 
 def resharding(folder: Path, model: ModelConfig, rounds: int) -> dict[str, float]:
-    """Measure conversions and copies in turn."""
+    """Measure conversions and copies in turn, each right after an unmeasured one of its kind.
+
+    A virtual machine may give freed memory back to its host, and is several times slower to write a file into memory
+    that it must get anew: so each run finds what a run of its own kind has left.
+    """
     source, target = folder / "source", folder / "target"
     write_random(source, model)
     words = ("convert", source, target, f"tensor_parallel_size={TARGET_PARTS}")
@@ -149,6 +153,8 @@ def resharding(folder: Path, model: ModelConfig, rounds: int) -> dict[str, float
     times: dict[str, list[float]] = defaultdict(list)
     for _ in range(rounds):
         for who, run in runs.items():
+            run()
+            shutil.rmtree(target)
             seconds, said = seconds_of(run)
             times[who].append(seconds)
             if said:  # "TARGET: megacore → megacore, 1.7 s with 2 ranks"

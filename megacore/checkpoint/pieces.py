@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from megacore.checkpoint.manifest import FileRecord
-from megacore.checkpoint.stream import Entry
+from megacore.checkpoint.stream import Entry, checksum_of
 from megacore.checkpoint.tensor_file import TensorFile
 from megacore.errors import CheckpointError
 from megacore.specs import Region, region_shape
+
+_WHOLE_BYTES = 32 << 20
+"""Size up to which a tensor is read whole when it is checked."""
 
 
 @dataclass(frozen=True)
@@ -115,18 +120,37 @@ class PieceFile:
         """Close the file."""
         self._file.close()
 
-    def rows(self, key: str, start: int, stop: int) -> NDArray[Any]:
-        """Return the rows [start, stop) of a stored tensor's first dim, after its checksum was found right once.
+    def check(self, key: str) -> NDArray[Any] | None:
+        """Compare a tensor with its checksum, at the first call; return it if it was read whole for that.
 
         Raises:
             CheckpointError: naming file and tensor.
         """
-        try:
-            if key in self._unchecked:
-                if self._file.checksum(key) != self._checksums[key]:
-                    raise CheckpointError(f"{self.path}: {key} was altered (its checksum does not match)")
-                self._unchecked.remove(key)
+        if key not in self._unchecked:
+            return None
+        entry = self.pieces[key].entry
+        whole = None
+        with self._errors(key):
+            if entry.nbytes <= _WHOLE_BYTES:
+                whole = self._file.rows(key, 0, entry.shape[0])
+                found = checksum_of(whole.reshape(-1).view(np.uint8).data)
+            else:
+                found = self._file.checksum(key)
+        if found != self._checksums[key]:
+            raise CheckpointError(f"{self.path}: {key} was altered (its checksum does not match)")
+        self._unchecked.remove(key)
+        return whole
+
+    def rows(self, key: str, start: int, stop: int) -> NDArray[Any]:
+        """Return the rows [start, stop) of the first dim of a tensor that was checked."""
+        assert key not in self._unchecked
+        with self._errors(key):
             return self._file.rows(key, start, stop)
+
+    @contextmanager
+    def _errors(self, key: str) -> Iterator[None]:
+        try:
+            yield
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path}: {key} cannot be read: {error}") from error
 

@@ -47,6 +47,7 @@ class CheckpointReader:
         holds = [(*run, file) for file, record in enumerate(self.manifest.files.values()) for run in record.holds]
         self._starts, self._stops, self._holders = np.array(holds, np.int64).reshape(-1, 3).T
         self._open: dict[str, PieceFile] = {}
+        self._kept: tuple[tuple[str, str], NDArray[Any]] = ("", ""), np.empty(0)
         self._items = lru_cache(maxsize=64)(self._find_items)
 
     def specs(self) -> dict[str, ParamSpec]:
@@ -75,10 +76,12 @@ class CheckpointReader:
     def read(self, parameter: str, state: str, region: Region | None = None) -> NDArray[np.floating]:
         """Return a box of a global tensor (all of it by default), as a new array; bfloat16 becomes float32."""
         values = self.read_stored(parameter, state, region)
-        return values.astype(np.float32) if values.dtype.itemsize < 4 else values
+        if values.dtype.itemsize < 4:
+            return values.astype(np.float32)
+        return values.copy() if np.may_share_memory(values, self._kept[1]) else values
 
     def read_stored(self, parameter: str, state: str, region: Region | None = None) -> NDArray[Any]:
-        """Return a box of a global tensor as a new array of the type in which it is stored."""
+        """Return a box of a global tensor in the type in which it is stored; it must not be changed."""
         found = self._boxes(parameter, state)
         region = region or tuple((0, size) for size in self.shape(parameter))
         if not found:
@@ -138,7 +141,13 @@ class CheckpointReader:
         return partial(self._read_rows, item[0], item[1].key)
 
     def _read_rows(self, name: str, key: str, start: int, stop: int) -> NDArray[Any]:
-        return self._file(name).rows(key, start, stop)
+        if self._kept[0] != (name, key):
+            file = self._file(name)
+            whole = file.check(key)
+            if whole is None:
+                return file.rows(key, start, stop)
+            self._kept = (name, key), whole  # the next rows are likely of this tensor, too
+        return self._kept[1][start:stop]
 
     def scan(self) -> Iterator[tuple[str, str, NDArray[Any]]]:
         """Yield every stored value once, in blocks, as (file, tensor name, block), checking checksums."""
