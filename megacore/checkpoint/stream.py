@@ -122,6 +122,8 @@ class SafetensorsStream:
                 assert self._written == len(self._entries), f"not written: {self._entries[self._written :]}"
                 while self._pending:
                     self._pending.popleft().result()
+                if self._flushing is not None:
+                    self._flushing.result()  # the system tells of a failed flush once: not again below
                 header = self._header()
                 self._file.seek(0)
                 self._write_all(header)

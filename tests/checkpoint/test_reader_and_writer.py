@@ -307,3 +307,15 @@ def test_what_a_killed_job_left_is_replaced(tmp_path: Path) -> None:
     (left / "rank0-0.safetensors").write_bytes(b"half")
     write(tmp_path / "c")
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_flush_that_fails_in_the_background_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system reports such an error once, to whoever flushes first."""
+
+    def failing(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", failing)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        write(tmp_path / "c")
+    assert list(tmp_path.iterdir()) == []
