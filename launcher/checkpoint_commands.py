@@ -15,7 +15,7 @@ from launcher.memory import keep_freed_memory
 from launcher.options import one_of
 from megacore.communicator import Alone, mpi_or_alone, together
 from megacore.errors import ConfigError
-from megacore.publish import os_errors, replace_file
+from megacore.publish import check_apart, os_errors, replace_file
 
 if TYPE_CHECKING:
     from megacore.model_config import ModelConfig
@@ -59,6 +59,7 @@ def grow(
         one_of("--optimizer", optimizer, ("map", "reset"))
         if dtype is not None:
             one_of("--dtype", dtype, ("float32", "float64"))
+        check_apart(source, target, ConfigError)
         reader = CheckpointReader(source)
         values = parse_overrides(sizes)
         # How the files are cut; a run of any layout can read them.

@@ -16,5 +16,9 @@ class CheckpointError(MegacoreError):
     """A checkpoint that is missing, incomplete, altered, or of another shape than asked for."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint that is not what was written: a file is missing, cut short or altered."""
+
+
 class DataError(MegacoreError):
     """Text, a tokenizer or shards that cannot be used."""

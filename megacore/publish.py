@@ -12,6 +12,8 @@ from megacore.communicator import Communicator, together
 from megacore.errors import MegacoreError
 
 INCOMPLETE = ".incomplete"
+_MARK = ".being-written"
+"""A file in a directory that is not complete: it may be removed if its job is gone."""
 
 
 @contextmanager
@@ -25,18 +27,25 @@ def publishing(path: Path, group: Communicator, error: type[MegacoreError]) -> I
         group: the ranks that write.
         error: what to raise for ``path`` existing already and for the operating system's errors.
     """
+    path = Path(os.path.abspath(path))  # "." has no name
     partial = path.with_name(path.name + INCOMPLETE)
     with together(group), os_errors(path, error):
         if group.rank == 0:
             if path.exists():
                 raise error(f"{path} exists already; remove it or choose another directory")
-            shutil.rmtree(partial, ignore_errors=True)  # left by a job that was killed
+            if (partial / _MARK).exists():  # left by a job that was killed
+                shutil.rmtree(partial)
+            if partial.exists():
+                raise error(f"{partial} is in the way, and no killed job has left it; move it, or choose another name")
             partial.mkdir(parents=True)
+            write_text(partial / _MARK, "")
     try:
         yield partial
         with together(group), os_errors(path, error):
             if group.rank == 0:
-                _sync_directory(partial)
+                (partial / _MARK).unlink()
+                for folder, _, _ in os.walk(partial):
+                    _sync_directory(Path(folder))
                 partial.rename(path)
                 _sync_directory(path.parent)
     except BaseException:
@@ -54,10 +63,27 @@ def os_errors(path: Path, error: type[MegacoreError]) -> Iterator[None]:
         raise error(f"{path}: cannot be written: {problem.strerror or problem}") from problem
 
 
+def check_apart(source: Path, target: Path, error: type[MegacoreError]) -> None:
+    """Refuse to write a directory into the one that is read, or over it.
+
+    Raises:
+        MegacoreError: of the given kind.
+    """
+    read, written = source.resolve(), target.resolve()
+    for place in (written, written.with_name(written.name + INCOMPLETE)):
+        if read == place or read in place.parents or place in read.parents:
+            raise error(f"{target}: lies in {source}, or contains it; choose another directory")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a new file and flush it to the disk."""
-    with path.open("x", encoding="utf-8") as stream:
-        stream.write(text)
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a new file and flush it to the disk."""
+    with path.open("xb") as stream:
+        stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
 

@@ -35,8 +35,17 @@ class TensorDifference:
 
 
 def configuration_differences(first: CheckpointReader, second: CheckpointReader) -> dict[str, tuple[object, object]]:
-    """Return the keys of the model, the progress and the annealing that differ, with both values."""
+    """Return what differs, with both values: keys of the model, progress, annealing, data order; multipliers."""
     found: dict[str, tuple[object, object]] = {}
+    data = [reader.manifest.training_data for reader in (first, second)]
+    for key in data[0] | data[1]:
+        if data[0].get(key) != data[1].get(key):
+            found[key] = data[0].get(key), data[1].get(key)
+    for name in first.manifest.parameters.keys() & second.manifest.parameters.keys():
+        for key in ("learning_rate_multiplier", "adam_eps_multiplier"):
+            a, b = (getattr(reader.manifest.parameters[name], key) for reader in (first, second))
+            if a != b:
+                found[f"{name}: {key}"] = a, b
     for section in ("model", "progress", "annealing"):
         values = [getattr(reader.manifest, section).model_dump() for reader in (first, second)]
         found |= {key: (value, values[1][key]) for key, value in values[0].items() if value != values[1][key]}

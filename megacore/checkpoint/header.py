@@ -62,10 +62,21 @@ def read_header(path: Path) -> Header:
     return Header(content, metadata, {key: _place(key, entry, end, size) for key, entry in entries.items()})
 
 
+def whole_number(value: Any) -> int:
+    """Return a number of a header.
+
+    Raises:
+        ValueError: it is none, or not a whole one.
+    """
+    if type(value) is not int:
+        raise ValueError(f"{value!r} is not a whole number")
+    return value
+
+
 def _place(key: str, entry: Any, begin: int, size: int) -> Place:
     try:
-        code, shape = str(entry["dtype"]), tuple(int(length) for length in entry["shape"])
-        start, stop = (begin + int(offset) for offset in entry["data_offsets"])
+        code, shape = str(entry["dtype"]), tuple(whole_number(length) for length in entry["shape"])
+        start, stop = (begin + whole_number(offset) for offset in entry["data_offsets"])
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"its header is damaged at {key}") from None
     if min(shape, default=1) < 0 or not begin <= start <= stop <= size:

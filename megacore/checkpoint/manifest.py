@@ -7,6 +7,7 @@ knowledge of the layout that wrote it, and opening a checkpoint reads one small 
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from pydantic import (
 )
 
 from megacore.axes import AXES
-from megacore.errors import CheckpointError, ConfigError
+from megacore.errors import CheckpointError, ConfigError, DamagedError
 from megacore.model_config import ModelConfig
 from megacore.sealed import digest, seal, unseal
 from megacore.settings import validated
@@ -41,7 +42,7 @@ FORMAT_VERSION = 2
 class Record(BaseModel):
     """Base of the manifest's records: immutable, unknown keys refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class FileRecord(Record):
@@ -54,7 +55,7 @@ class FileRecord(Record):
     states: dict[Literal["weight", "exp_avg", "exp_avg_sq"], Literal["float32", "float64", "bfloat16"]]
     """What it has pieces of, and the type in which they are stored."""
     holds: tuple[tuple[NonNegativeInt, PositiveInt], ...]
-    """Runs [start, stop) of the manifest's parameters, by their number, that the file has pieces of."""
+    """Runs [start, stop) of the parameters that the file has pieces of; they are numbered by their sorted names."""
 
 
 class AxisRecord(Record):
@@ -148,6 +149,10 @@ class Manifest(Record):
         stored = {state for file in self.files.values() for state in file.states}
         return tuple(state for state in STATES if state in stored)
 
+    def numbers(self) -> dict[str, int]:
+        """Return the number by which a file's record means a parameter."""
+        return {name: number for number, name in enumerate(sorted(self.parameters))}
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the global shape of every parameter."""
         return {name: tuple(axis.size for axis in record.axes) for name, record in self.parameters.items()}
@@ -216,22 +221,36 @@ def read_manifest(path: Path) -> Manifest:
         body = unseal(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         what = "there is no such directory" if not path.is_dir() else f"it has no {MANIFEST}"
-        raise CheckpointError(f"{path} is not a checkpoint: {what}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not a usable manifest: {error}") from None
+        raise DamagedError(f"{path} is not a checkpoint: {what}") from None
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{file}: not a usable manifest: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from None
     if body.get("format") != "megacore-checkpoint":
         raise CheckpointError(f"{file}: not the manifest of a megacore checkpoint")
     if body.get("version") != FORMAT_VERSION:
         raise CheckpointError(f"{file}: format version {body.get('version')}; this megacore reads {FORMAT_VERSION}")
+    manifest = validated_manifest(body, str(file))
+    if not manifest.parameters or WEIGHT not in manifest.states:
+        raise CheckpointError(f"{file}: it has no weights")
+    return manifest
+
+
+def validated_manifest(body: Any, where: str) -> Manifest:
+    """Check a manifest's values, and that they go together.
+
+    Raises:
+        CheckpointError: naming the key.
+    """
     try:
         validated(ModelConfig, body.get("model", {}))
         manifest = Manifest.model_validate(body)
     except ConfigError as error:
-        raise CheckpointError(f"{file}: {error}") from None
+        raise CheckpointError(f"{where}: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        raise CheckpointError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    _check_consistency(file, manifest)
+        raise CheckpointError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    _check_consistency(where, manifest)
     return manifest
 
 
@@ -242,22 +261,24 @@ def carried_manifest(text: Any, where: str) -> Manifest:
         CheckpointError: it is damaged or does not describe its model.
     """
     try:
-        manifest = Manifest.model_validate_json(text)
-        validated(ModelConfig, manifest.model.model_dump())
-    except (ValueError, ConfigError) as error:
+        body = json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{where}: the manifest it carries is damaged: {error}") from None
-    _check_consistency(Path(where), manifest)
-    return manifest
+    if not isinstance(body, dict):
+        raise CheckpointError(f"{where}: the manifest it carries is damaged: it is no JSON object")
+    return validated_manifest(body, f"{where}: the manifest it carries")
 
 
-def _check_consistency(file: Path, manifest: Manifest) -> None:
+def _check_consistency(where: str, manifest: Manifest) -> None:
     """Check that sizes are those of the model that the manifest names, and that every file can be one."""
     for name, record in manifest.parameters.items():
         for axis in record.axes:
             if axis.name not in AXES or manifest.model.axis_size(axis.name) != axis.size:
-                raise CheckpointError(f"{file}: {name} has axes, {axis.name}={axis.size}, that the model does not have")
+                raise CheckpointError(
+                    f"{where}: {name} has axes, {axis.name}={axis.size}, that the model does not have"
+                )
     for file_name, stored in manifest.files.items():
         if not re.fullmatch(r"[A-Za-z0-9._-]+\.safetensors", file_name):
-            raise CheckpointError(f"{file}: '{file_name}' is not a file name of a checkpoint")
+            raise CheckpointError(f"{where}: '{file_name}' is not a file name of a checkpoint")
         if not all(start < stop <= len(manifest.parameters) for start, stop in stored.holds):
-            raise CheckpointError(f"{file}: {file_name} holds parameters that the manifest does not have")
+            raise CheckpointError(f"{where}: {file_name} holds parameters that the manifest does not have")

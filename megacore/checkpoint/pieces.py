@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megacore.checkpoint.header import whole_number
 from megacore.checkpoint.manifest import FileRecord
 from megacore.checkpoint.stream import Entry, checksum_of
 from megacore.checkpoint.tensor_file import TensorFile
-from megacore.errors import CheckpointError
+from megacore.errors import CheckpointError, DamagedError
 from megacore.specs import Region, region_shape
 
 _WHOLE_BYTES = 32 << 20
@@ -84,28 +85,35 @@ class PieceFile:
         try:
             size = path.stat().st_size
             if size != record.size:
-                raise CheckpointError(f"{path} has {size} bytes instead of {record.size}: it is cut short or altered")
+                raise DamagedError(f"{path} has {size} bytes instead of {record.size}: it is cut short or altered")
             self._file = TensorFile(path)
         except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from None
-        if self._file.header != record.header:
-            self.close()
-            raise CheckpointError(f"{path}: its header is damaged, or it is another file (its checksum does not match)")
+            raise DamagedError(f"{path} is missing") from None
+        except ValueError as error:
+            raise DamagedError(f"{path} cannot be read: {error}") from None
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
         self._checksums: dict[str, str] = {}
         self._unchecked = set(self._file.tensors)
-        self.pieces = {key: self._piece(key, record.states, shapes) for key in self._file.tensors}
+        try:
+            if self._file.header != record.header:
+                raise DamagedError(
+                    f"{path}: its header is damaged, or it is another file (its checksum does not match)"
+                )
+            self.pieces = {key: self._piece(key, record.states, shapes) for key in self._file.tensors}
+        except CheckpointError:
+            self.close()
+            raise
 
     def _piece(self, key: str, states: Mapping[Any, str], shapes: Mapping[str, tuple[int, ...]]) -> Piece:
         parameter, _, state = key.rpartition("/")
         stored = self._file.tensors[key]
         try:
             about = json.loads(self._file.metadata[key])
-            region = tuple((int(start), int(stop)) for start, stop in about["region"])
-            run = None if about["run"] is None else (int(about["run"][0]), int(about["run"][1]))
+            region = tuple((whole_number(start), whole_number(stop)) for start, stop in about["region"])
+            run = None if about["run"] is None else (whole_number(about["run"][0]), whole_number(about["run"][1]))
             self._checksums[key] = str(about["xxh3_128"])
-        except (KeyError, TypeError, ValueError, IndexError):
+        except (KeyError, TypeError, ValueError, IndexError, RecursionError):
             raise CheckpointError(f"{self.path}: its header does not say what {key} is") from None
         piece = Piece(parameter, state, region, run, stored.dtype)
         if stored.dtype != states.get(state):
@@ -137,7 +145,7 @@ class PieceFile:
             else:
                 found = self._file.checksum(key)
         if found != self._checksums[key]:
-            raise CheckpointError(f"{self.path}: {key} was altered (its checksum does not match)")
+            raise DamagedError(f"{self.path}: {key} was altered (its checksum does not match)")
         self._unchecked.remove(key)
         return whole
 
@@ -151,8 +159,10 @@ class PieceFile:
     def _errors(self, key: str) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.path}: {key} cannot be read: {error}") from error
+        except ValueError as error:
+            raise DamagedError(f"{self.path}: {key} cannot be read: {error}") from error
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: {key} cannot be read: {error.strerror or error}") from error
 
 
 def _inside(region: Region, run: tuple[int, int] | None, shape: tuple[int, ...]) -> bool:

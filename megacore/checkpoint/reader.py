@@ -17,7 +17,7 @@ from megacore.checkpoint.assemble import Rows, Run, assembled, follow_each_other
 from megacore.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from megacore.checkpoint.pieces import Piece, PieceFile
 from megacore.checkpoint.stream import NUMPY
-from megacore.errors import CheckpointError
+from megacore.errors import CheckpointError, DamagedError
 from megacore.specs import ParamSpec, Region, region_shape
 
 _BLOCK = 1 << 22
@@ -42,13 +42,21 @@ class CheckpointReader:
         self.path = path
         self.manifest: Manifest = read_manifest(path)
         self._shapes = self.manifest.shapes()
-        self._numbers = {name: number for number, name in enumerate(self._shapes)}
+        self._numbers = self.manifest.numbers()
         self._names = list(self.manifest.files)
         holds = [(*run, file) for file, record in enumerate(self.manifest.files.values()) for run in record.holds]
         self._starts, self._stops, self._holders = np.array(holds, np.int64).reshape(-1, 3).T
         self._open: dict[str, PieceFile] = {}
         self._kept: tuple[tuple[str, str], NDArray[Any]] = ("", ""), np.empty(0)
         self._items = lru_cache(maxsize=64)(self._find_items)
+
+    def close(self) -> None:
+        """Close the files and forget what was kept; a later read opens them again."""
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+        self._kept = ("", ""), np.empty(0)
+        self._items.cache_clear()
 
     def specs(self) -> dict[str, ParamSpec]:
         """Return the declarations of the model, after a check that the checkpoint is of such a one.
@@ -90,7 +98,7 @@ class CheckpointReader:
         boxes = {box: partial(self._read_box, box, items) for box, items in found.items()}
         result, filled = assembled(region, boxes, NUMPY[dtype])
         if filled != result.size:
-            raise CheckpointError(f"{self.path}: {filled} of {result.size} entries of {parameter}/{state} are stored")
+            raise DamagedError(f"{self.path}: {filled} of {result.size} entries of {parameter}/{state} are stored")
         return result
 
     def _find_items(self, parameter: str, state: str) -> list[Item]:
@@ -133,7 +141,7 @@ class CheckpointReader:
         size = math.prod(region_shape(box))
         runs = sorted(((item[1].run or (0, size), self._rows(item)) for item in items), key=lambda run: run[0])
         if not follow_each_other(runs, size):
-            raise CheckpointError(f"{self.path}: pieces of {items[0][1].parameter} are missing or overlap")
+            raise DamagedError(f"{self.path}: pieces of {items[0][1].parameter} are missing or overlap")
         return runs
 
     def _rows(self, item: Item) -> Rows:
@@ -167,9 +175,7 @@ class CheckpointReader:
                     self._runs(box, items)
                 for first, second in itertools.combinations(boxes, 2):
                     if all(max(a[0], b[0]) < min(a[1], b[1]) for a, b in zip(first, second, strict=True)):
-                        raise CheckpointError(f"{self.path}: pieces of {parameter}/{state} overlap")
+                        raise DamagedError(f"{self.path}: pieces of {parameter}/{state} overlap")
                 stored, expected = sum(math.prod(region_shape(box)) for box in boxes), math.prod(shape)
                 if stored != expected:
-                    raise CheckpointError(
-                        f"{self.path}: {stored} of {expected} entries of {parameter}/{state} are stored"
-                    )
+                    raise DamagedError(f"{self.path}: {stored} of {expected} entries of {parameter}/{state} are stored")

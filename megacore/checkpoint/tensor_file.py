@@ -19,7 +19,7 @@ _CHECKED_BYTES = 1 << 20
 _NAMES = {code: name for name, code in CODES.items()}
 
 
-class StoredTensor(NamedTuple):
+class Stored(NamedTuple):
     """A tensor in a file: its dtype (a key of `CODES`), its shape, and where its bytes begin."""
 
     dtype: str
@@ -74,9 +74,9 @@ class TensorFile:
             done += count
 
 
-def _stored(key: str, place: Place) -> StoredTensor:
+def _stored(key: str, place: Place) -> Stored:
     if place.code not in _NAMES:
         raise ValueError(f"its header is damaged: {key} has the type {place.code}")
     dtype = _NAMES[place.code]
     place.check(key, NUMPY[dtype].itemsize)
-    return StoredTensor(dtype, place.shape, place.start)
+    return Stored(dtype, place.shape, place.start)

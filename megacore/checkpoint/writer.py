@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
-from megacore.checkpoint.manifest import MANIFEST, FileRecord, Manifest
+from megacore.checkpoint.manifest import MANIFEST, FileRecord, Manifest, validated_manifest
 from megacore.checkpoint.pieces import Piece, described
 from megacore.checkpoint.stream import SafetensorsStream
 from megacore.communicator import Communicator, together
@@ -51,7 +51,9 @@ def write_checkpoint(
     Raises:
         CheckpointError: on every rank, if any rank failed; nothing is left at ``path``.
     """
-    numbers = {name: number for number, name in enumerate(manifest.parameters)}
+    with together(group):
+        validated_manifest(manifest.model_dump(), f"{path / MANIFEST}, to be written")
+    numbers = manifest.numbers()
     with publishing(path, group, CheckpointError) as directory:
         records: dict[str, FileRecord] = {}
         with together(group), os_errors(directory, CheckpointError):

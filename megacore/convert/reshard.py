@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from megacore.checkpoint.files import layout_of, plan_files, planned_bytes, share_of
+from megacore.checkpoint.attached import Attached
+from megacore.checkpoint.files import layout_of, plan_files, share_of
 from megacore.checkpoint.manifest import WEIGHT
 from megacore.checkpoint.reader import CheckpointReader
 from megacore.checkpoint.writer import FileToWrite, write_checkpoint
@@ -20,7 +21,6 @@ def reshard(
     group: Communicator,
     weights_only: bool = False,
     dtype: str | None = None,
-    on_start: Callable[[int], None] = lambda size: None,
     on_progress: Callable[[int], None] = lambda size: None,
 ) -> None:
     """Write a checkpoint with files for another layout; every rank of ``group`` calls this.
@@ -32,7 +32,6 @@ def reshard(
         group: the ranks that work together.
         weights_only: leave the optimizer's state out.
         dtype: of all tensors, or ``None`` for the source's.
-        on_start: told the number of bytes to be written.
         on_progress: called with the number of bytes of each block this rank has written.
 
     Raises:
@@ -53,5 +52,5 @@ def reshard(
         fresh = {} if len(states) > 1 else {"optimizer_step": 0, "loss_scaling": None}
         progress = source.progress.model_copy(update=fresh)
         manifest = source.model_copy(update={"layout": layout, "progress": progress, "files": {}})
-    on_start(planned_bytes(files))
-    write_checkpoint(target, group, share_of(files, group, on_progress), manifest)
+    attached = Attached.of(reader.path, group)
+    write_checkpoint(target, group, share_of(files, group, on_progress), manifest, attached.write)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from megacore.checkpoint.attached import Attached
 from megacore.checkpoint.files import MAX_FILE_BYTES, layout_of, plan_files, share_of
 from megacore.checkpoint.manifest import WEIGHT, Annealing, Manifest, parameter_records
 from megacore.checkpoint.reader import CheckpointReader
@@ -65,7 +66,8 @@ def grow_checkpoint(
     with together(group):
         files = planned_files(reader, plan, output)
         manifest = _manifest(reader, plan, output)
-    write_checkpoint(path, group, share_of(files, group, on_progress), manifest)
+    attached = Attached.of(reader.path, group)
+    write_checkpoint(path, group, share_of(files, group, on_progress), manifest, attached.write)
 
 
 def planned_files(reader: CheckpointReader, plan: GrowthPlan, output: GrowthOutput) -> list[FileToWrite]:

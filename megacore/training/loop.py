@@ -12,6 +12,7 @@ import yaml
 from deepspeed.accelerator import get_accelerator
 
 from data_pipeline.loader import Batch, PretrainingBatches
+from megacore.checkpoint.attached import Attached
 from megacore.checkpoint.manifest import (
     Layout,
     Manifest,
@@ -105,6 +106,7 @@ class TrainingStage:
         self._progress = self._start.progress
         self._log: MetricsLog | None = None
         saving = TorchRanks(apart=True) if self._training.async_save else group
+        self._attached = Attached.of(self._start.reader.path if self._start.reader else None, group)
         self._saver = Saver(saving, self._training.async_save)
         self._engine.before_update = self._saver.wait_for_copy
 
@@ -146,7 +148,9 @@ class TrainingStage:
             with self._naming_last_good():
                 self._saver.wait()
         finally:
-            self._saver.finish(_LAST_SAVE_SECONDS)
+            failure = self._saver.finish(_LAST_SAVE_SECONDS)
+            if failure is not None:
+                display.say(f"the last checkpoint was not saved: {failure}")
             display.close()
             if self._log is not None:
                 with display.surviving(_UNLOGGED):
@@ -256,7 +260,9 @@ class TrainingStage:
             display.say(f"saved {path}")
 
         with self._naming_last_good():
-            self._saver.save(path, pieces_to_write(self._engine, self._grid), self._manifest(), done)
+            self._saver.save(
+                path, pieces_to_write(self._engine, self._grid), self._manifest(), done, self._attached.write
+            )
 
     @contextmanager
     def _naming_last_good(self) -> Iterator[None]:

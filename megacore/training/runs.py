@@ -15,9 +15,9 @@ import shutil
 from pathlib import Path
 from typing import TextIO
 
-from megacore.communicator import Communicator
-from megacore.errors import ConfigError
-from megacore.publish import INCOMPLETE, point_link
+from megacore.communicator import Communicator, together
+from megacore.errors import CheckpointError, ConfigError
+from megacore.publish import INCOMPLETE, os_errors, point_link
 
 LATEST = "latest"
 _REMOVED, _DAMAGED = ".removed", ".damaged"
@@ -54,7 +54,9 @@ def followed(path: Path, group: Communicator) -> Path:
 
     A reader then stays with one checkpoint while the run switches the link, and says the checkpoint's own name.
     """
-    named: Path = group.all_gather(path.parent / path.readlink() if path.is_symlink() else path)[0]
+    with together(group), os_errors(path, CheckpointError):
+        here = path.parent / path.readlink() if path.is_symlink() else path
+    named: Path = group.all_gather(here)[0]
     return named
 
 
@@ -86,14 +88,14 @@ def remove_leftovers(run: Path) -> None:
     """
     for suffix in (_REMOVED, INCOMPLETE):
         for left in (run / "checkpoints").glob(f"*{suffix}"):
-            if left.is_symlink():
-                left.unlink()
-            else:
+            if left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left)
+            else:
+                left.unlink()
 
 
-def set_aside(checkpoint: Path) -> Path:
-    """Rename an unusable checkpoint, so that its step can be saved again; return its new name.
+def set_aside(checkpoint: Path) -> None:
+    """Rename an unusable checkpoint, so that its step can be saved again.
 
     Raises:
         OSError: it cannot be renamed.
@@ -101,7 +103,7 @@ def set_aside(checkpoint: Path) -> Path:
     kept = checkpoint.with_name(checkpoint.name + _DAMAGED)
     if kept.exists():  # of the same step, from an earlier time
         shutil.rmtree(kept)
-    return checkpoint.rename(kept)
+    checkpoint.rename(kept)
 
 
 def lock_run(run: Path) -> TextIO:

@@ -16,7 +16,7 @@ from megacore.checkpoint.manifest import Manifest
 from megacore.checkpoint.pieces import Piece
 from megacore.checkpoint.stream import NUMPY
 from megacore.checkpoint.writer import PieceToWrite, write_checkpoint
-from megacore.communicator import Communicator
+from megacore.communicator import Communicator, together
 
 _NICE = 19
 """Priority of the thread that writes: the lowest."""
@@ -44,6 +44,7 @@ class Saver:
         pieces: Sequence[PieceToWrite],
         manifest: Manifest,
         done: Callable[[], None],
+        attach: Callable[[Path], None] = lambda directory: None,
     ) -> None:
         """Write this rank's pieces of a checkpoint; every rank of the group calls this.
 
@@ -52,6 +53,7 @@ class Saver:
             pieces: of this rank; their values may change once `wait_for_copy` has returned.
             manifest: all but the files' records.
             done: called on every rank once the checkpoint is complete.
+            attach: adds files of another kind to the checkpoint (called on rank 0).
 
         Raises:
             CheckpointError: on every rank, if this checkpoint (or, in the background, the one before) failed.
@@ -59,7 +61,8 @@ class Saver:
         self.wait()
 
         def write(pieces: Sequence[PieceToWrite]) -> None:
-            write_checkpoint(path, self._group, [(f"rank{self._group.rank:05d}.safetensors", pieces)], manifest)
+            files = [(f"rank{self._group.rank:05d}.safetensors", pieces)]
+            write_checkpoint(path, self._group, files, manifest, attach)
             done()
 
         if not self._in_background:
@@ -86,10 +89,15 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
-    def finish(self, seconds: float) -> None:
-        """Let a checkpoint that is being written come to its end, for so long at most; for a run that has failed."""
+    def finish(self, seconds: float) -> BaseException | None:
+        """Let a checkpoint that is being written come to its end, for so long at most; for a run that has failed.
+
+        Returns:
+            Its error, if it failed, too.
+        """
         if self._thread is not None:
             self._thread.join(seconds)
+        return self._error
 
     def _copied(self, item: PieceToWrite) -> PieceToWrite:
         """Return a piece with its values in this process's own memory, which every save uses again.
@@ -108,12 +116,16 @@ class Saver:
 
     def _caught(self, write: Callable[[Sequence[PieceToWrite]], None], pieces: Sequence[PieceToWrite]) -> None:
         try:
-            try:
-                if sys.platform == "linux":  # training comes first; the threads that write inherit it
-                    os.setpriority(os.PRIO_PROCESS, get_native_id(), _NICE)
-                copied = [self._copied(item) for item in pieces]
-            finally:
-                self._is_copied.set()
+            with together(self._group):
+                copied = self._all_copied(pieces)
             write(copied)
         except BaseException as error:  # raised where the run waits
             self._error = error
+
+    def _all_copied(self, pieces: Sequence[PieceToWrite]) -> list[PieceToWrite]:
+        try:
+            if sys.platform == "linux":  # training comes first; the threads that write inherit it
+                os.setpriority(os.PRIO_PROCESS, get_native_id(), _NICE)
+            return [self._copied(item) for item in pieces]
+        finally:
+            self._is_copied.set()

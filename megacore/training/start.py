@@ -10,7 +10,7 @@ from megacore.checkpoint.manifest import STATES, Progress
 from megacore.checkpoint.reader import CheckpointReader
 from megacore.communicator import Communicator, together
 from megacore.config import RunConfig
-from megacore.errors import CheckpointError, ConfigError
+from megacore.errors import CheckpointError, ConfigError, DamagedError
 from megacore.publish import os_errors
 from megacore.training.engine import Multipliers
 from megacore.training.runs import LATEST, checkpoints, followed, point_latest, remove_leftovers, set_aside
@@ -20,8 +20,9 @@ class Start:
     """What a stage goes on from; every rank of the job makes one, and calls its methods, together.
 
     A run's own checkpoint that is damaged is passed over for the one before it, by all ranks if any rank finds it
-    damaged, whether when it is opened or when its values are read. A configuration that does not fit a checkpoint is
-    no damage, nor does a run that has checkpoints ever start from anything else.
+    damaged, whether when it is opened or when its values are read. One that does not fit the configuration, or cannot
+    be read for another reason (no permission, another version of megacore), is not damaged: the run stops. Nor does a
+    run that has checkpoints ever start from anything else.
 
     Args:
         config: of the run.
@@ -81,8 +82,9 @@ class Start:
             try:
                 with together(self._group):
                     load(self.reader)
+                    self.reader.close()
                 return
-            except CheckpointError as error:
+            except DamagedError as error:
                 if not self.resumed:
                     raise
                 self._damaged[self.reader.path] = str(error)
@@ -115,7 +117,7 @@ class Start:
             try:
                 with together(self._group):
                     return _opened(path)
-            except CheckpointError as error:
+            except DamagedError as error:
                 self._damaged[path] = str(error)
         failure = CheckpointError(
             f"no checkpoint of {self._run} is usable: {'; '.join(self._damaged.values())}; restore one, or start a new "
@@ -171,5 +173,5 @@ def _opened(path: Path) -> CheckpointReader:
     reader = CheckpointReader(path)
     for state in STATES:
         if state not in reader.manifest.states:
-            raise CheckpointError(f"{path} lacks the optimizer's state {state}")
+            raise DamagedError(f"{path} lacks the optimizer's state {state}")
     return reader

@@ -305,8 +305,33 @@ def test_what_a_killed_job_left_is_replaced(tmp_path: Path) -> None:
     left = tmp_path / "c.incomplete"
     left.mkdir()
     (left / "rank0-0.safetensors").write_bytes(b"half")
+    (left / ".being-written").touch()
     write(tmp_path / "c")
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_somebody_else_s_directory_is_not_removed(tmp_path: Path) -> None:
+    notes = tmp_path / "c.incomplete" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    with pytest.raises(CheckpointError, match=r"c\.incomplete is in the way"):
+        write(tmp_path / "c")
+    assert notes.read_text() == "mine" and not (tmp_path / "c").exists()
+
+
+def test_a_checkpoint_without_weights_is_none(tmp_path: Path) -> None:
+    path = write(tmp_path / "c")
+    edited(path, lambda body: body.update(files={}))
+    with pytest.raises(CheckpointError, match=r"manifest\.json: it has no weights"):
+        CheckpointReader(path)
+
+
+def test_a_manifest_that_could_not_be_read_is_not_written(tmp_path: Path) -> None:
+    manifest = read_manifest(write(tmp_path / "c"))
+    bad = manifest.model_copy(update={"progress": manifest.progress.model_copy(update={"step": -7})})
+    with pytest.raises(CheckpointError, match=r"d/manifest\.json, to be written: progress\.step"):
+        write_checkpoint(tmp_path / "d", Alone(), files_of(1, 1), bad)
+    assert not (tmp_path / "d").exists()
 
 
 def test_a_flush_that_fails_in_the_background_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
