@@ -20,11 +20,13 @@ from megacore.checkpoint.reader import CheckpointReader
 from megacore.communicator import Alone, TorchRanks
 from megacore.config import ParallelConfig, RunConfig
 from megacore.convert.reshard import reshard
-from megacore.errors import MegacoreError
+from megacore.errors import CheckpointError, MegacoreError
 from megacore.parallel.grid import ParallelGrid
 from megacore.training.distributed import join_world, leave_world
 from megacore.training.loop import TrainingStage
 from megacore.training.runs import checkpoint_path, checkpoints
+from megacore.training.start import Start
+from tests.checkpoint.test_reader_and_writer import edited, write
 from tests.models import run_config, write_instances
 from tests.ranks import run_ranks
 
@@ -208,3 +210,15 @@ def test_the_link_latest_can_be_started_from_and_its_target_is_named(outcome: Ou
     assert f"starting from {source} (step {LAST}," in outcome.said[0]["from latest"]
     end = CheckpointReader(checkpoint_path(outcome.folder / "from latest", LAST + 2))
     assert end.manifest.progress.stage_first_step == LAST
+
+
+def test_a_checkpoint_of_another_version_is_not_passed_over(tmp_path: Path) -> None:
+    config = run_config(tmp_path / "run", tmp_path / "data")
+    older, newer = (checkpoint_path(tmp_path / "run", step) for step in (2, 4))
+    for path in (older, newer):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path)
+    edited(newer, lambda body: body.update(version=3))
+    with pytest.raises(CheckpointError, match="format version 3"):
+        Start(config, {}, Alone())
+    assert newer.is_dir() and older.is_dir()
