@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from threading import Event, Thread, get_native_id
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -17,9 +15,6 @@ from megacore.checkpoint.pieces import Piece
 from megacore.checkpoint.stream import NUMPY
 from megacore.checkpoint.writer import PieceToWrite, write_checkpoint
 from megacore.communicator import Communicator, together
-
-_NICE = 19
-"""Priority of the thread that writes: the lowest."""
 
 
 class Saver:
@@ -124,8 +119,6 @@ class Saver:
 
     def _all_copied(self, pieces: Sequence[PieceToWrite]) -> list[PieceToWrite]:
         try:
-            if sys.platform == "linux":  # training comes first; the threads that write inherit it
-                os.setpriority(os.PRIO_PROCESS, get_native_id(), _NICE)
             return [self._copied(item) for item in pieces]
         finally:
             self._is_copied.set()
