@@ -27,6 +27,8 @@ NUMPY = {name: np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name) for 
 """Numpy's types of the stored values."""
 _QUEUED = 8
 """Blocks that may wait to be written, so that a writer that lags behind does not fill the memory."""
+_FLUSHED_BYTES = 16 << 20
+"""Flushed at a time while more is written, so that little is left to be flushed at the end."""
 
 
 class Entry(NamedTuple):
@@ -69,6 +71,7 @@ class SafetensorsStream:
         self._writer, self._flusher = ThreadPoolExecutor(1, "write"), ThreadPoolExecutor(1, "flush")
         self._pending: deque[Future[None]] = deque()
         self._flushing: Future[None] | None = None
+        self._unflushed = 0
         header = self._header()
         self._write_all(header)
         self.size = len(header) + sum(entry.nbytes for entry in entries)
@@ -91,9 +94,11 @@ class SafetensorsStream:
         content = data.reshape(-1).view(np.uint8).data
         self._checksums[key].update(content)
         self._write_all(content)
-        if self._flushing is None or self._flushing.done():  # so that little is left to be flushed at the end
+        self._unflushed += len(content)
+        if self._unflushed >= _FLUSHED_BYTES and (self._flushing is None or self._flushing.done()):
             if self._flushing is not None:
                 self._flushing.result()
+            self._unflushed = 0
             self._flushing = self._flusher.submit(os.fdatasync, self._file.fileno())
 
     def _write_all(self, content: bytes | memoryview) -> None:
