@@ -19,6 +19,7 @@ from megacore.settings import Settings, parse_yaml
 Architecture = Literal["encoder", "decoder", "encoder_decoder"]
 Objective = Literal["mlm_nsp", "mlm", "causal_lm", "prefix_lm", "span_corruption"]
 Stack = Literal["encoder", "decoder"]
+# Bounds that no model reaches: a file that is damaged, or means harm, is refused before anything is made of its sizes.
 Size = Annotated[int, Field(gt=0, le=1 << 31)]
 OptionalSize = Annotated[int, Field(ge=0, le=1 << 31)]
 Layers = Annotated[int, Field(gt=0, le=100_000)]

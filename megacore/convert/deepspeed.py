@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from megacore.checkpoint.assemble import assembled
-from megacore.checkpoint.manifest import WEIGHT, Manifest, carried_manifest
+from megacore.checkpoint.manifest import Manifest, carried_manifest
 from megacore.convert.deepspeed_files import DeepSpeedFiles, Part, open_deepspeed
 from megacore.convert.imports import fresh_manifest
 from megacore.convert.links import Box2D, Link, read_linked
@@ -69,8 +69,7 @@ class DeepSpeedSource:
                 self._placed[link.theirs], rows = self._place(link)
                 padding += [f"{rows} rows of padding of {link.theirs}"] if rows else []
         self.left_out = (*padding, *inexact)
-        flats = [[flat for part in parts for flat in part.flats] for parts in self._files.parts.values()]
-        self.float64 = sum(any(flat[WEIGHT].dtype == torch.float64 for flat in own) for own in flats)
+        self.float64 = sum(parts[0].dtype == torch.float64 for parts in self._files.parts.values())
         self._boxes = lru_cache(maxsize=8)(self._all_boxes)
 
     def _manifest(self, model: ModelConfig | None) -> Manifest:

@@ -17,6 +17,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megacore.checkpoint.manifest import MOMENTS, STATES, WEIGHT
 from megacore.convert.stored_tensor import StoredTensor, check_floating, number_in
 from megacore.convert.torch_files import load_torch_file
@@ -52,6 +54,11 @@ class Part:
     def size(self) -> int:
         """Number of entries."""
         return math.prod(self.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight's first piece; all replicas have one."""
+        return self.flats[self.spans[0]][WEIGHT].dtype
 
     def runs(self, state: str) -> Iterator[StoredTensor]:
         """Yield the flat pieces that make the tensor, in order."""

@@ -33,9 +33,10 @@ COMPANIONS = (
 )
 """Files beside the weights that go with a model: its tokenizer's, and how text is made with it."""
 _IGNORED = re.compile(
-    r"(pytorch_model.*\.bin|LICENSE.*|\.git.*|\.cache|onnx|openvino|.*\.(safetensors|index\.json|md|msgpack|h5|ot|onnx))"
+    r"(pytorch_|tf_|flax_|rust_)?model.*\.(bin|safetensors|index\.json|msgpack|h5|ot|onnx)|onnx|openvino"
+    r"|.*\.md|LICENSE.*|\.git.*|\.cache"
 )
-"""Files and folders whose loss is none: weights in any format, and words about them."""
+"""Files and folders whose loss is none: the weights in other formats, and words about them."""
 _SAFE, _PICKLED = "model.safetensors", "pytorch_model.bin"
 
 
@@ -72,8 +73,9 @@ class HuggingFaceFiles:
     @property
     def others(self) -> list[str]:
         """Names of the files and folders that nothing is done with."""
-        found = (path.name for path in self.path.iterdir())
-        return sorted(name for name in found if name not in (CONFIG, *COMPANIONS) and not _IGNORED.fullmatch(name))
+        known = {CONFIG, *COMPANIONS, *self._files.values()}
+        found = {path.name for path in self.path.iterdir()} - known
+        return sorted(name for name in found if not _IGNORED.fullmatch(name))
 
     @property
     def names(self) -> list[str]:

@@ -110,11 +110,7 @@ class MegatronFiles:
 
     def _args(self, content: dict[str, Any]) -> Mapping[str, Any]:
         args = content.get("args")
-        found: dict[str, Any] = args if isinstance(args, dict) else getattr(args, "__dict__", {})
-        for key, value in found.items():
-            if isinstance(value, int) and abs(value) >= 1 << 63:
-                raise ConfigError(f"{self.file}: {key} is a number of more than 64 bits")
-        return found
+        return args if isinstance(args, dict) else getattr(args, "__dict__", {})
 
     def _iteration(self, content: dict[str, Any]) -> int:
         return number_in(content.get("iteration", 0), f"{self.file}: iteration")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import reprlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,6 @@ _GAP_BYTES = 1 << 12
 """Unwanted bytes between rows from which on each row is read on its own."""
 _COMPARED = 1 << 21
 """Entries compared at once."""
-_MOST = 1 << 63
-"""No counter goes so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +138,8 @@ def number_in(value: Any, what: str) -> int:
         number = int(plain)
     except (TypeError, ValueError, OverflowError):
         number = -1
-    if isinstance(plain, bool) or not 0 <= number < _MOST or number != plain:
-        shown = "a number of more than 64 bits" if isinstance(plain, int) and abs(plain) >= _MOST else repr(plain)[:60]
-        raise CheckpointError(f"{what} is {shown} instead of a count")
+    if isinstance(plain, bool) or not 0 <= number < 1 << 63 or number != plain:
+        raise CheckpointError(f"{what} is {reprlib.repr(plain)} instead of a count")
     return number
 
 
