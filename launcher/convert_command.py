@@ -18,6 +18,7 @@ from megacore.errors import ConfigError
 
 if TYPE_CHECKING:
     from launcher.bars import Advance
+    from megacore.checkpoint.reader import CheckpointReader
     from megacore.communicator import Communicator
     from megacore.config import ParallelConfig
     from megacore.convert.imports import Import, Source
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _SOURCES = ("auto", "megacore", "hf", "deepspeed", "megatron")
 _TARGETS = ("megacore", "hf", "deepspeed-universal", "megatron")
+_LAYOUT = ("tensor_parallel_size", "pipeline_parallel_size")
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -60,6 +62,8 @@ def convert(
         one_of("--to", target_format, _TARGETS)
         if dtype is not None:
             one_of("--dtype", dtype, _DTYPES)
+        if source.is_file():
+            raise ConfigError(f"{source} is a file; give its directory")
         known = _detected(source) if source_format == "auto" else source_format
         if known != "megacore" and target_format != "megacore":
             raise ConfigError(f"--from {known} --to {target_format}: convert to megacore first, then from it")
@@ -73,7 +77,11 @@ def convert(
             )
         if layout and target_format == "hf":
             raise ConfigError(f"{layout[0]}: a Hugging Face directory has no layout")
-        parallel = validated(ParallelConfig, parse_overrides(layout or ()))
+        words = parse_overrides(layout or ())
+        for key, value in words.items():
+            if key not in _LAYOUT:
+                raise ConfigError(f"{key}={value}: the layout of files is {' and '.join(_LAYOUT)}")
+        parallel = validated(ParallelConfig, words)
         model = None if config is None else validated(ModelConfig, read_yaml(config).get("model", {}), f"{config}: ")
     with byte_bar("converting (rank 0)", None, enabled=group.rank == 0) as advance:
         job = _Job(target, parallel, None if dtype is None else _DTYPES[dtype], weights_only, group, advance)
@@ -107,16 +115,18 @@ def _from_megacore(source: Path, target_format: str, job: _Job) -> None:
         from megacore.convert.huggingface import export_huggingface
 
         export_huggingface(reader, job.target, job.dtype or "float32", job.group, job.advance)
+        _say_lost(reader, job, "the optimizer's state")
     elif target_format == "megatron":
         from megacore.convert.megatron_export import export_megatron
 
         export_megatron(reader, job.target, job.parallel, job.dtype or "float32", job.group, job.advance)
-        options = "--transformer-impl local --no-load-optim --no-load-rng"
-        _say(job.group, "left out", (f"the optimizer's state; start Megatron-LM with {options}",))
+        _say_lost(reader, job, "the optimizer's state")
+        _say(job.group, "start Megatron-LM with", ("--transformer-impl local --no-load-optim --no-load-rng",))
     elif target_format == "deepspeed-universal":
         from megacore.convert.universal import export_universal
 
         export_universal(reader, job.target, job.parallel, job.group, job.advance)
+        _say_lost(reader, job, None)
     else:
         from megacore.convert.reshard import reshard
 
@@ -137,8 +147,34 @@ def _to_megacore(source: Path, known: str, model: ModelConfig | None, job: _Job)
     def started(facts: Import) -> None:
         _say(job.group, "new, from initial values", facts.new)
         _say(job.group, "left out", facts.left_out)
+        _say_rounded(job.group, facts.rounded)
 
     import_checkpoint(opened, job.target, job.parallel, job.group, job.dtype, job.weights_only, started, job.advance)
+
+
+def _say_lost(reader: CheckpointReader, job: _Job, optimizer: str | None) -> None:
+    """Say what of a checkpoint its export lacks.
+
+    Args:
+        reader: the checkpoint.
+        job: the export.
+        optimizer: what to call the optimizer's state; ``None`` if it was exported.
+    """
+    manifest = reader.manifest
+    records = manifest.parameters.values()
+    scaled = sum((record.learning_rate_multiplier, record.adam_eps_multiplier) != (1.0, 1.0) for record in records)
+    left_out = [] if optimizer is None or len(manifest.states) == 1 or job.weights_only else [optimizer]
+    left_out += [f"the multipliers of learning rate and eps of {scaled} parameters"] if scaled else []
+    _say(job.group, "left out", left_out)
+    states = manifest.states if optimizer is None else manifest.states[:1]
+    if job.dtype is None and any("float64" in file.states.values() for file in manifest.files.values()):
+        _say_rounded(
+            job.group, sum(reader.dtype(name, state) == "float64" for name in reader.specs() for state in states)
+        )
+
+
+def _say_rounded(group: Communicator, count: int) -> None:
+    _say(group, "rounded to fp32", [f"{count} tensors of float64"] if count else [])
 
 
 def _say(group: Communicator, what: str, names: Sequence[str]) -> None:

@@ -121,6 +121,14 @@ def _lineage(events: Sequence[Mapping[str, Any]]) -> Tree:
 
 
 def _event(event: Mapping[str, Any]) -> str:
+    try:
+        sentence = _sentence(event)
+    except (AttributeError, KeyError, TypeError, ValueError):  # other programs write manifests, too
+        sentence = None
+    return sentence or json.dumps(event, ensure_ascii=False)
+
+
+def _sentence(event: Mapping[str, Any]) -> str | None:
     source = event.get("source")
     name = source.get("name") if isinstance(source, Mapping) else source
     if event.get("event") == "grow" and event.keys() >= {"from", "to", "step", "optimizer"}:
@@ -129,13 +137,15 @@ def _event(event: Mapping[str, Any]) -> str:
     if event.get("event") == "import" and "format" in event:
         new = f"; new: {', '.join(event['new'])}" if event.get("new") else ""
         return f"import {name} from {event['format']}{new}"
-    return json.dumps(event, ensure_ascii=False)
+    return None
 
 
 def _parameters(parameters: Mapping[str, Mapping[str, Any]], every: bool) -> Tree:
     """Show modules down to their parameters."""
     from rich.tree import Tree
 
+    if not parameters:
+        return Tree("parameters: none")
     usual = Counter(_stored(entry["states"]) for entry in parameters.values()).most_common(1)[0][0]
     nested: dict[str, Any] = {}
     for name, entry in parameters.items():

@@ -7,9 +7,10 @@ One Transformer serves all families; a family is a set of values of these keys. 
 from __future__ import annotations
 
 from importlib.resources import files
-from typing import Any, Literal
+from math import isqrt
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from typing_extensions import Self
 
 from megacore.axes import AXES
@@ -18,6 +19,13 @@ from megacore.settings import Settings, parse_yaml
 Architecture = Literal["encoder", "decoder", "encoder_decoder"]
 Objective = Literal["mlm_nsp", "mlm", "causal_lm", "prefix_lm", "span_corruption"]
 Stack = Literal["encoder", "decoder"]
+# Bounds that no model reaches: a file that is damaged, or means harm, is refused before anything is made of its sizes.
+Size = Annotated[int, Field(gt=0, le=1 << 31)]
+OptionalSize = Annotated[int, Field(ge=0, le=1 << 31)]
+Layers = Annotated[int, Field(gt=0, le=100_000)]
+OptionalLayers = Annotated[int, Field(ge=0, le=100_000)]
+Experts = Annotated[int, Field(gt=0, le=1 << 20)]
+OptionalExperts = Annotated[int, Field(ge=0, le=1 << 20)]
 
 OBJECTIVES: dict[Architecture, tuple[Objective, ...]] = {
     "encoder": ("mlm_nsp", "mlm"),
@@ -29,7 +37,8 @@ OBJECTIVES: dict[Architecture, tuple[Objective, ...]] = {
 
 def divisors_near(number: int, value: int, most: int = 4) -> str:
     """Name the divisors of ``number`` nearest to ``value``, for error messages."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, isqrt(number) + 1) if number % d == 0]
+    divisors = {*small, *(number // d for d in small)}
     nearest = sorted(divisors, key=lambda d: (abs(d - value), d))[:most]
     return ", ".join(str(d) for d in sorted(nearest))
 
@@ -45,24 +54,24 @@ class ModelConfig(Settings):
     preset: str | None = Field(None, exclude=True)
     architecture: Architecture = "encoder"
     objective: Objective = "mlm_nsp"
-    vocab_size: PositiveInt
-    hidden_size: PositiveInt
-    num_hidden_layers: PositiveInt
-    num_decoder_layers: NonNegativeInt = 0
+    vocab_size: Size
+    hidden_size: Size
+    num_hidden_layers: Layers
+    num_decoder_layers: OptionalLayers = 0
     """Of an encoder-decoder; 0 means as many as ``num_hidden_layers``."""
-    num_attention_heads: PositiveInt
-    num_key_value_heads: NonNegativeInt = 0
+    num_attention_heads: Size
+    num_key_value_heads: OptionalSize = 0
     """Grouped-query attention; 0 means as many as ``num_attention_heads``."""
-    head_dim: NonNegativeInt = 0
+    head_dim: OptionalSize = 0
     """0 means ``hidden_size / num_attention_heads``."""
-    intermediate_size: PositiveInt
+    intermediate_size: Size
     position_embedding: Literal["learned", "rotary", "rotary_interleaved", "relative", "none"] = "learned"
     """``rotary`` turns the pairs (i, i + head_dim/2) as LLaMA does, ``rotary_interleaved`` (2i, 2i + 1) as RoFormer."""
-    max_position_embeddings: PositiveInt = 512
+    max_position_embeddings: Size = 512
     rope_theta: PositiveFloat = 10000.0
-    relative_attention_num_buckets: PositiveInt = 32
-    relative_attention_max_distance: PositiveInt = 128
-    type_vocab_size: NonNegativeInt = 2
+    relative_attention_num_buckets: Size = 32
+    relative_attention_max_distance: Size = 128
+    type_vocab_size: OptionalSize = 2
     """Segments; 0 for none."""
     norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
     norm_eps: PositiveFloat = 1e-12
@@ -87,9 +96,9 @@ class ModelConfig(Settings):
     lm_bias: bool = True
     """A bias per token in the output."""
     logit_multiplier: PositiveFloat = 1.0
-    num_experts: NonNegativeInt = 0
+    num_experts: OptionalExperts = 0
     """Of each feed-forward network; 0 for a dense one."""
-    num_experts_per_token: PositiveInt = 2
+    num_experts_per_token: Experts = 2
     router_aux_loss_coefficient: NonNegativeFloat = 0.01
     hidden_dropout: float = Field(0.1, ge=0, lt=1)
     attention_dropout: float = Field(0.1, ge=0, lt=1)

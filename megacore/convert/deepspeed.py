@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from megacore.checkpoint.assemble import assembled
@@ -68,6 +69,7 @@ class DeepSpeedSource:
                 self._placed[link.theirs], rows = self._place(link)
                 padding += [f"{rows} rows of padding of {link.theirs}"] if rows else []
         self.left_out = (*padding, *inexact)
+        self.float64 = sum(parts[0].dtype == torch.float64 for parts in self._files.parts.values())
         self._boxes = lru_cache(maxsize=8)(self._all_boxes)
 
     def _manifest(self, model: ModelConfig | None) -> Manifest:

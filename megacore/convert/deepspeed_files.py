@@ -17,8 +17,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megacore.checkpoint.manifest import MOMENTS, STATES, WEIGHT
-from megacore.convert.stored_tensor import StoredTensor, number_in
+from megacore.convert.stored_tensor import StoredTensor, check_floating, number_in
 from megacore.convert.torch_files import load_torch_file
 from megacore.errors import CheckpointError
 from megacore.params import PLACEHOLDER
@@ -52,6 +54,11 @@ class Part:
     def size(self) -> int:
         """Number of entries."""
         return math.prod(self.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight's first piece; all replicas have one."""
+        return self.flats[self.spans[0]][WEIGHT].dtype
 
     def runs(self, state: str) -> Iterator[StoredTensor]:
         """Yield the flat pieces that make the tensor, in order."""
@@ -107,7 +114,7 @@ def _tag_folder(path: Path) -> Path:
     for name in ("latest_universal", "latest"):
         if (path / name).is_file():
             tag = (path / name).read_text(encoding="utf-8", errors="replace").strip()
-            if Path(tag).name != tag or not (path / tag).is_dir():
+            if Path(tag).name != tag or tag in ("", "..") or not (path / tag).is_dir():
                 raise CheckpointError(f"{path / name} names {tag!r}, which is not there")
             return path / tag
     return path
@@ -162,6 +169,7 @@ def _whole(file: Path) -> StoredTensor:
     tensor = loaded.get("param") if isinstance(loaded, dict) else loaded
     if not isinstance(tensor, StoredTensor):
         raise CheckpointError(f"{file}: no tensor in it")
+    check_floating(tensor, "its tensor")
     return tensor
 
 
@@ -183,6 +191,8 @@ def _native(folder: Path, facts: dict[str, Any]) -> DeepSpeedFiles:
             first = len(flats[place])
             for number, flat in enumerate(state["fp32_flat_groups" if is_zero3 else "single_partition_of_fp32_groups"]):
                 flats[place].append({WEIGHT: flat, **{moment: moments[number][moment] for moment in MOMENTS}})
+                for name, tensor in flats[place][-1].items():
+                    check_floating(tensor, f"partition {number} of {name}")
             for name, (number, start, length) in _zero3(state, groups, replica) if is_zero3 else _zero12(state):
                 for tensor in flats[place][first + number].values():
                     tensor.narrow(start, length)

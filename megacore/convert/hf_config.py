@@ -73,7 +73,8 @@ def model_from(config: dict[str, Any], tensors: Collection[str], where: str) -> 
     for ours, theirs in family.keys.items():
         value = config.get(theirs)
         if value is None and theirs == "n_inner":
-            value = 4 * int(config.get("n_embd", 0))
+            width = config.get("n_embd")
+            value = 4 * width if isinstance(width, int) else None
         if value is None and theirs not in _DEFAULTS:
             raise ConfigError(f"{where}: {theirs} is missing")
         values[ours] = _DEFAULTS[theirs] if value is None else value
@@ -82,7 +83,7 @@ def model_from(config: dict[str, Any], tensors: Collection[str], where: str) -> 
             raise ConfigError(f"{where}: {family.keys[key]}={values[key]}: megacore converts models with {value}")
     if "activation" not in family.fixed:
         activation = config.get(family.activation, "gelu")
-        if activation not in ACTIVATIONS:
+        if not isinstance(activation, str) or activation not in ACTIVATIONS:
             raise ConfigError(f"{where}: {family.activation}={activation}; known: {', '.join(ACTIVATIONS)}")
         values["activation"] = ACTIVATIONS[activation]
     if family.fixed["position_embedding"] == "rotary":
@@ -94,14 +95,16 @@ def model_from(config: dict[str, Any], tensors: Collection[str], where: str) -> 
         values["tie_word_embeddings"] = "lm_head.weight" not in tensors
     if family is FAMILIES["bert"]:
         values["objective"] = "mlm_nsp" if any(".pooler." in f".{name}" for name in tensors) else "mlm"
-    return validated(ModelConfig, values)
+    return validated(ModelConfig, values, f"{where}: ")
 
 
-def _rope_theta(config: dict[str, Any], where: str) -> float:
+def _rope_theta(config: dict[str, Any], where: str) -> Any:
     parameters = config.get("rope_parameters") or {}
+    if not isinstance(parameters, dict):
+        raise ConfigError(f"{where}: rope_parameters={parameters}: expected keys and values")
     if parameters.get("rope_type", "default") != "default":
         raise ConfigError(f"{where}: rope_parameters: rope_type={parameters['rope_type']}; megacore has default alone")
-    return float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    return parameters.get("rope_theta") or config.get("rope_theta") or 10000.0
 
 
 def config_of(model: ModelConfig) -> tuple[dict[str, Any], Family]:

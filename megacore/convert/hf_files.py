@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from megacore.convert.torch_files import load_torch_file
 from megacore.errors import CheckpointError
 
 CONFIG = "config.json"
-TOKENIZER_FILES = (
+COMPANIONS = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -26,7 +27,16 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "vocab.json",
     "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
 )
+"""Files beside the weights that go with a model: its tokenizer's, and how text is made with it."""
+_IGNORED = re.compile(
+    r"(pytorch_|tf_|flax_|rust_)?model.*\.(bin|safetensors|index\.json|msgpack|h5|ot|onnx)|onnx|openvino"
+    r"|.*\.md|LICENSE.*|\.git.*|\.cache"
+)
+"""Files and folders whose loss is none: the weights in other formats, and words about them."""
 _SAFE, _PICKLED = "model.safetensors", "pytorch_model.bin"
 
 
@@ -48,32 +58,38 @@ class HuggingFaceFiles:
         for name in (_SAFE, _PICKLED):
             index = self.path / f"{name}.index.json"
             if index.exists():
-                weights = read_json(index).get("weight_map", {})
+                weights = read_json(index).get("weight_map")
+                if not isinstance(weights, dict) or not all(isinstance(file, str) for file in weights.values()):
+                    raise CheckpointError(f"{index}: weight_map must give the name of each tensor's file")
                 for file in set(weights.values()):
                     if Path(file).name != file or not (self.path / file).is_file():
                         raise CheckpointError(f"{index} names {file}, which is missing")
-                return dict(weights)
+                return weights
         for name in (_SAFE, _PICKLED):
             if (self.path / name).exists():
                 return dict.fromkeys(self._tensors(name), name)
         raise CheckpointError(f"{self.path} has neither {_SAFE} nor {_PICKLED}")
 
     @property
+    def others(self) -> list[str]:
+        """Names of the files and folders that nothing is done with."""
+        known = {CONFIG, *COMPANIONS, *self._files.values()}
+        found = {path.name for path in self.path.iterdir()} - known
+        return sorted(name for name in found if not _IGNORED.fullmatch(name))
+
+    @property
     def names(self) -> list[str]:
         """Names of all tensors."""
         return list(self._files)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's shape."""
-        return self._stored(name).shape
-
     def read(self, name: str, box: tuple[slice, ...]) -> NDArray[Any]:
         """Return a box of a tensor, as float32 (float64 stays what it is)."""
-        values = self._stored(name).read(box)
+        values = self.stored(name).read(box)
         wide = values if values.dtype == torch.float64 else values.float()
         return np.asarray(wide.numpy())
 
-    def _stored(self, name: str) -> StoredTensor:
+    def stored(self, name: str) -> StoredTensor:
+        """Return where a tensor is."""
         file = self._files[name]
         stored = self._tensors(file).get(name)
         if stored is None:
@@ -89,7 +105,11 @@ class HuggingFaceFiles:
                 loaded = load_torch_file(path, stand_ins=False)
                 if not isinstance(loaded, dict):
                     raise CheckpointError(f"{path}: not a file of weights: expected tensors by name")
-                self._open[file] = {name: item for name, item in loaded.items() if isinstance(item, StoredTensor)}
+                tensors = {name: item for name, item in loaded.items() if isinstance(item, StoredTensor)}
+                for name in tensors:
+                    if not isinstance(name, str):
+                        raise CheckpointError(f"{path}: not a file of weights: {name!r} is no tensor's name")
+                self._open[file] = tensors
         return self._open[file]
 
 

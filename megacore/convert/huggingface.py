@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from megacore.checkpoint.manifest import WEIGHT
@@ -21,9 +22,10 @@ from megacore.checkpoint.stream import Entry, SafetensorsStream
 from megacore.communicator import Communicator, together
 from megacore.convert.families import Family
 from megacore.convert.hf_config import config_of, family_of, model_from
-from megacore.convert.hf_files import CONFIG, TOKENIZER_FILES, HuggingFaceFiles, read_json
+from megacore.convert.hf_files import COMPANIONS, CONFIG, HuggingFaceFiles, read_json
 from megacore.convert.imports import fresh_manifest
 from megacore.convert.links import Link, read_linked
+from megacore.convert.stored_tensor import check_floating, same_values
 from megacore.errors import CheckpointError
 from megacore.publish import os_errors, publishing, write_text
 from megacore.specs import ParamSpec, Region
@@ -31,8 +33,6 @@ from megacore.specs import ParamSpec, Region
 ATTACHED = "huggingface"
 """Directory in an imported checkpoint: Hugging Face's configuration and tokenizer."""
 _MAX_FILE_BYTES = 4 << 30
-_ROWS = 1 << 22
-"""Entries compared at once."""
 _NOT_WEIGHTS = re.compile(r"(\.position_ids|\.attn\.(masked_)?bias|\.inv_freq|embed_positions\.weight)$")
 """Buffers that some versions of transformers saved; all can be computed."""
 _ALIASES = {
@@ -74,11 +74,12 @@ class HuggingFaceSource:
             if found is None:
                 missing.setdefault(link.ours, link.theirs)
             else:
-                self._check_shape(link, found)
+                self._check(link, found)
                 self._links[link.ours].append(replace(link, theirs=found))
                 used.add(found)
         self.new = self._accept_missing(missing)
-        self.left_out = self._accept_unused(self._names - used)
+        self.left_out = (*self._accept_unused(self._names - used), *self._files.others)
+        self.float64 = sum(self._files.stored(name).dtype == torch.float64 for name in used)
 
     def _found(self, name: str) -> str | None:
         legacy = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
@@ -88,8 +89,9 @@ class HuggingFaceSource:
                     return spelt
         return None
 
-    def _check_shape(self, link: Link, found: str) -> None:
-        expected, shape = link.their_shape(self.specs[link.ours]), self._files.shape(found)
+    def _check(self, link: Link, found: str) -> None:
+        check_floating(self._files.stored(found), found)
+        expected, shape = link.their_shape(self.specs[link.ours]), self._files.stored(found).shape
         if shape != expected:
             raise CheckpointError(f"{self.path}: {found} has the shape {shape}; {CONFIG} makes it {expected}")
 
@@ -108,7 +110,8 @@ class HuggingFaceSource:
                 continue
             original = self._tied_to(name)
             if original is not None:
-                self._check_same(name, original)
+                if not same_values(self._files.stored(name), self._files.stored(original)):
+                    raise CheckpointError(f"{self.path}: {name} differs from {original}, to which {CONFIG} ties it")
             elif prefixed and self._family.prefix and not name.startswith(self._family.prefix):
                 left_out.append(name)
             else:
@@ -124,16 +127,6 @@ class HuggingFaceSource:
             return self._links["embeddings.word"][0].theirs
         return None
 
-    def _check_same(self, name: str, original: str) -> None:
-        shape = self._files.shape(name)
-        same = shape == self._files.shape(original)
-        rows = max(1, _ROWS // math.prod(shape[1:]))
-        for start in range(0, shape[0] if same else 0, rows):
-            box = (slice(start, start + rows),)
-            same = same and np.array_equal(self._files.read(name, box), self._files.read(original, box))
-        if not same:
-            raise CheckpointError(f"{self.path}: {name} differs from {original}, but {CONFIG} says that they are tied")
-
     def box(self, name: str, state: str, region: Region) -> NDArray[np.floating]:
         """Return a box of a parameter's weight."""
         spec = self.specs[name]
@@ -144,7 +137,7 @@ class HuggingFaceSource:
     def attach(self, directory: Path) -> None:
         """Copy the configuration and the tokenizer's files into a checkpoint that is being written."""
         (directory / ATTACHED).mkdir()
-        for name in (CONFIG, *TOKENIZER_FILES):
+        for name in (CONFIG, *COMPANIONS):
             if (self.path / name).is_file():
                 shutil.copyfile(self.path / name, directory / ATTACHED / name)
 
@@ -252,6 +245,6 @@ def _write_rest(directory: Path, attached: Path, config: dict[str, object]) -> N
         config = {**read_json(attached / CONFIG), **config}
         config.pop("torch_dtype", None)
     write_text(directory / CONFIG, json.dumps(config, indent=2) + "\n")
-    for name in TOKENIZER_FILES:
+    for name in COMPANIONS:
         if (attached / name).is_file():
             shutil.copyfile(attached / name, directory / name)

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megacore.checkpoint.files import layout_of, plan_files, planned_bytes, share_of
+from megacore.checkpoint.files import layout_of, plan_files, share_of
 from megacore.checkpoint.manifest import WEIGHT, Layout, Manifest, Progress, parameter_records
 from megacore.checkpoint.writer import write_checkpoint
 from megacore.communicator import Communicator, together
@@ -34,6 +34,8 @@ class Source(Protocol):
     """Parameters that the source lacks, which start from initial values."""
     left_out: tuple[str, ...]
     """What the source has and the checkpoint will not: tensors that no model of megacore has, padding."""
+    float64: int
+    """How many of its tensors are more exact than fp32, to which they are rounded."""
 
     def box(self, name: str, state: str, region: Region) -> NDArray[np.floating]:
         """Return a box of a parameter's state."""
@@ -54,14 +56,14 @@ class Import:
     """What an import does, known before anything is written.
 
     Args:
-        bytes: to be written.
         new: parameters that the source lacks, which start from initial values.
         left_out: what the source has and the checkpoint will not.
+        rounded: tensors of float64, which are rounded to fp32 though no ``dtype`` was asked for.
     """
 
-    bytes: int
     new: tuple[str, ...]
     left_out: tuple[str, ...]
+    rounded: int
 
 
 def import_checkpoint(
@@ -113,5 +115,5 @@ def import_checkpoint(
                 "lineage": (*known.lineage, event),
             }
         )
-    on_start(Import(planned_bytes(files), source.new, source.left_out))
+    on_start(Import(source.new, source.left_out, 0 if dtype else source.float64))
     write_checkpoint(target, group, share_of(files, group, on_progress), manifest, source.attach)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from pathlib import Path
 
@@ -18,15 +17,13 @@ from megacore.convert.megatron_config import model_from, padded_size
 from megacore.convert.megatron_files import MegatronFiles, read_parts
 from megacore.convert.megatron_names import core_names, megatron_links
 from megacore.convert.megatron_optimizer import NotReadable, adam_tensors
-from megacore.convert.stored_tensor import StoredTensor
+from megacore.convert.stored_tensor import StoredTensor, check_floating, number_in, same_values
 from megacore.errors import CheckpointError, ConfigError
 from megacore.model_config import ModelConfig
-from megacore.specs import ParamSpec, Region, Role
+from megacore.specs import ParamSpec, Region
 
 _TIED_COPY = "output_layer.weight"
 """The last stage's own copy of the first one's word table, where the two are tied."""
-_COMPARED = 1 << 22
-"""Entries compared at once."""
 
 
 class MegatronSource:
@@ -62,11 +59,12 @@ class MegatronSource:
         self.left_out = (*self._padding(model), *inexact)
         self.states: tuple[str, ...] = (WEIGHT,)
         step = self._find_optimizer()
-        samples = self._files.args.get("consumed_train_samples", 0)
+        self.float64 = sum(parts[0].dtype == torch.float64 for parts in self._files.tensors.values())
+        samples = self._files.args.get("consumed_train_samples") or 0
         progress = {
             "step": self._files.iteration,
             "optimizer_step": step,
-            "consumed_samples": samples if isinstance(samples, int) and samples > 0 else 0,
+            "consumed_samples": number_in(samples, f"{self._files.file}: consumed_train_samples"),
         }
         self.manifest = self.manifest.model_copy(
             update={"progress": self.manifest.progress.model_copy(update=progress)}
@@ -80,7 +78,7 @@ class MegatronSource:
         for link in megatron_links(model, core_names(model, fused_norms), ranks):
             if link.theirs not in tensors:
                 raise CheckpointError(f"{folder}: {link.theirs} is missing")
-            self._check_shapes(link, self.specs[link.ours])
+            self._check(link, self.specs[link.ours])
             self._links[link.ours].append(link)
             unused.discard(link.theirs)
         if _TIED_COPY in unused and model.tie_word_embeddings:
@@ -90,8 +88,8 @@ class MegatronSource:
             kind = "BERT" if model.architecture == "encoder" else "GPT"
             raise CheckpointError(f"{folder}: {min(unused)} has no place in this {kind}; does it fit its args?")
 
-    def _check_shapes(self, link: Link, spec: ParamSpec) -> None:
-        expected, dim = list(link.their_shape(spec)), shared_dim(spec)
+    def _check(self, link: Link, spec: ParamSpec) -> None:
+        expected, dim = list(link.their_shape(spec)), link.cut_dim(spec)
         parts = self._files.tensors[link.theirs]
         shapes = {tuple(part.shape) for part in parts}
         if dim is not None and has_vocabulary(spec) and all(len(shape) > dim for shape in shapes):
@@ -100,6 +98,7 @@ class MegatronSource:
         if dim is not None:
             expected[dim] = -(-expected[dim] // len(parts))
         for rank, part in enumerate(parts):
+            check_floating(part, link.theirs)
             if tuple(part.shape) != tuple(expected):
                 raise CheckpointError(
                     f"{self._files.folder}: {link.theirs} of tensor-parallel rank {rank} has the shape "
@@ -109,12 +108,7 @@ class MegatronSource:
     def _check_tied(self) -> None:
         name = self._links["embeddings.word"][0].theirs
         for first, second in zip(self._files.tensors[name], self._files.tensors[_TIED_COPY], strict=True):
-            same = first.shape == second.shape
-            rows = max(1, _COMPARED // max(1, math.prod(first.shape[1:])))
-            for start in range(0, first.shape[0] if same else 0, rows):
-                box = (slice(start, start + rows),)
-                same = same and torch.equal(first.read(box), second.read(box))
-            if not same:
+            if not same_values(first, second):
                 raise CheckpointError(f"{self._files.folder}: {_TIED_COPY} differs from {name}, to which it is tied")
 
     def _padding(self, model: ModelConfig) -> tuple[str, ...]:
@@ -136,7 +130,7 @@ class MegatronSource:
                 raise NotReadable("the distributed optimizer's")
             for (stage, rank), content in self._files.content.items():
                 held = {name: self._files.tensors[name][rank] for name in self._files.held[stage, rank]}
-                found, step = adam_tensors(content.get("optimizer"), held)
+                found, step = adam_tensors(content.get("optimizer"), held, self._files.ranks[stage, rank])
                 steps.add(step)
                 for state, tensors in found.items():
                     for name, tensor in tensors.items():
@@ -151,19 +145,12 @@ class MegatronSource:
 
     def box(self, name: str, state: str, region: Region) -> NDArray[np.floating]:
         """Return a box of a parameter's state."""
-        spec, parts = self.specs[name], self._parts[state]
-        dim = shared_dim(spec)
-        return read_linked(self._links[name], spec, region, lambda theirs, box: read_parts(parts[theirs], box, dim))
+        spec, parts, links = self.specs[name], self._parts[state], self._links[name]
+        dim = links[0].cut_dim(spec)
+        return read_linked(links, spec, region, lambda theirs, box: read_parts(parts[theirs], box, dim))
 
     def attach(self, directory: Path) -> None:
         """Add nothing."""
-
-
-def shared_dim(spec: ParamSpec) -> int | None:
-    """Return the dim of Megatron's tensors that tensor-parallel ranks share: 0 is what is written, 1 what is read."""
-    if spec.sharded_dim is None:
-        return None
-    return int(spec.dims[spec.sharded_dim].role is Role.READ)
 
 
 def has_vocabulary(spec: ParamSpec) -> bool:

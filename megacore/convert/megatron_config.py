@@ -138,15 +138,15 @@ def model_from(
         inexact = (_HEAD_GELU,) if approximate else ()
     else:
         values |= _GPT
-    model = validated(ModelConfig, values)
+    model = validated(ModelConfig, values, f"{where}: ")
     return (model if configured is None else _agreed(model, configured, where)), inexact
 
 
 def padded_size(args: Mapping[str, Any], where: str) -> int:
     """Return the number of rows of the vocabulary's tables, the padding included."""
     size = _value(args, where, "padded_vocab_size")
-    if not isinstance(size, int):
-        raise ConfigError(f"{where}: padded_vocab_size={size} is not a number")
+    if not isinstance(size, int) or size <= 0:
+        raise ConfigError(f"{where}: padded_vocab_size={size} is not a number of rows")
     return size
 
 

@@ -20,7 +20,7 @@ from megacore.checkpoint.stream import Entry
 from megacore.communicator import Communicator, together
 from megacore.config import ParallelConfig
 from megacore.convert.links import Link
-from megacore.convert.megatron import has_vocabulary, shared_dim
+from megacore.convert.megatron import has_vocabulary
 from megacore.convert.megatron_config import args_of, check_exportable, padded_vocabulary
 from megacore.convert.megatron_files import FILE, LATEST, RELEASE
 from megacore.convert.megatron_names import core_names, megatron_links
@@ -137,7 +137,7 @@ class _Tensor:
     def shape(self) -> tuple[int, ...]:
         """Shape of the part."""
         link, spec = self.links[0]
-        shape, dim = list(link.their_shape(spec)), shared_dim(spec)
+        shape, dim = list(link.their_shape(spec)), link.cut_dim(spec)
         if dim is not None:
             shape[dim] = (self.padded if has_vocabulary(spec) else shape[dim]) // self.ranks
         return tuple(shape)
@@ -147,7 +147,7 @@ class _Tensor:
         shape = self.shape
         theirs = np.zeros(shape, _BITS[dtype])
         for link, spec in self.links:
-            dim = shared_dim(spec)
+            dim = link.cut_dim(spec)
             origin = tuple(self.rank * size if position == dim else 0 for position, size in enumerate(shape))
             for region in self._regions(link, spec):
                 values = reader.read(link.ours, WEIGHT, region)

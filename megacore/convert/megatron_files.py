@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megacore.convert.links import Box2D
-from megacore.convert.stored_tensor import StoredTensor
+from megacore.convert.stored_tensor import StoredTensor, number_in
 from megacore.convert.torch_files import load_torch_file
 from megacore.errors import CheckpointError, ConfigError
 
@@ -25,7 +25,8 @@ FILE = "model_optim_rng.pt"
 _WITHOUT_OPTIMIZER = "model_rng.pt"
 _DISTRIBUTED = "distrib_optim.pt"
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
-_LAYER = re.compile(r"(.*\blayers\.)(\d+)(\..*)")
+_ITERATION = re.compile(r"[0-9]{1,19}")
+_LAYER = re.compile(r"(.*\blayers\.)([0-9]{1,9})(\..*)")
 _NOT_WEIGHTS = re.compile(r"(_extra_state|\.inv_freq)$")
 """Transformer Engine's scaling factors, and a table that follows from the configuration."""
 
@@ -36,9 +37,9 @@ def iteration_folder(path: Path) -> Path:
     if not file.is_file():
         return path
     said = file.read_text(encoding="utf-8", errors="replace").strip()
-    folder = path / (f"iter_{int(said):07d}" if said.isascii() and said.isdecimal() else said)
-    if (said != RELEASE and not said.isdecimal()) or not folder.is_dir():
-        raise CheckpointError(f"{file} names {said!r}, which is not there")
+    folder = path / (f"iter_{int(said):07d}" if _ITERATION.fullmatch(said) else said)
+    if (said != RELEASE and not _ITERATION.fullmatch(said)) or not folder.is_dir():
+        raise CheckpointError(f"{file} names {said[:40]!r}, which is not there")
     return folder
 
 
@@ -101,7 +102,7 @@ class MegatronFiles:
         if not isinstance(content.get("model"), Mapping):
             raise CheckpointError(f"{file}: it has no model")
         version = content.get("checkpoint_version", 0)
-        if not isinstance(version, int | float) or version < 3:
+        if not isinstance(version, int | float) or not version >= 3:
             raise ConfigError(
                 f"{file}: checkpoint_version={version}: versions before 3.0 order queries, keys and values otherwise"
             )
@@ -112,10 +113,7 @@ class MegatronFiles:
         return args if isinstance(args, dict) else getattr(args, "__dict__", {})
 
     def _iteration(self, content: dict[str, Any]) -> int:
-        value = content.get("iteration", 0)
-        if not isinstance(value, int) or value < 0:
-            raise CheckpointError(f"{self.file}: iteration is {value!r} instead of a number")
-        return value
+        return number_in(content.get("iteration", 0), f"{self.file}: iteration")
 
     def _check_layout(self) -> None:
         sizes = {
@@ -133,7 +131,7 @@ class MegatronFiles:
             layers = 0
             for rank in range(self.tensor_parallel_size):
                 file, held = self.ranks[stage, rank], self.held.setdefault((stage, rank), {})
-                for name, tensor in _flattened(self.content[stage, rank]["model"]):
+                for name, tensor in _flattened(self.content[stage, rank]["model"], file, set()):
                     if _NOT_WEIGHTS.search(f".{name}"):
                         continue
                     if not isinstance(tensor, StoredTensor):
@@ -172,11 +170,14 @@ def read_parts(parts: list[StoredTensor], box: Box2D, dim: int | None) -> NDArra
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=dim)
 
 
-def _flattened(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flattened(state: Mapping[str, Any], file: Path, seen: set[int], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the entries of nested dictionaries, as some versions write them, by dotted names."""
     for name, value in state.items():
         if isinstance(value, Mapping):
-            yield from _flattened(value, f"{prefix}{name}.")
+            if id(value) in seen:  # a few such, one in the other, would be endless names
+                raise CheckpointError(f"{file}: {prefix}{name} is the same as another part of the model")
+            seen.add(id(value))
+            yield from _flattened(value, file, seen, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 

@@ -7,6 +7,7 @@ the order of the model's tensors. Where the model is in half precision, its fp32
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,15 +22,19 @@ class NotReadable(Exception):
     """Why an optimizer's state cannot be taken over."""
 
 
-def adam_tensors(optimizer: Any, model: Mapping[str, StoredTensor]) -> tuple[dict[str, dict[str, StoredTensor]], int]:
+def adam_tensors(
+    optimizer: Any, model: Mapping[str, StoredTensor], file: Path
+) -> tuple[dict[str, dict[str, StoredTensor]], int]:
     """Return each state's tensors by the parameters' names, and Adam's step.
 
     Args:
         optimizer: what the file holds.
         model: the file's parameters, in its order.
+        file: the file, for messages.
 
     Raises:
         NotReadable: the state is of another kind, or not of these parameters.
+        CheckpointError: its step is not a count.
     """
     try:
         inner = optimizer.get("optimizer", optimizer)
@@ -45,10 +50,14 @@ def adam_tensors(optimizer: Any, model: Mapping[str, StoredTensor]) -> tuple[dic
                 found[WEIGHT][name] = _rounded_to(tensor, next(main)) if mains and tensor.dtype in _HALF else tensor
                 for moment in MOMENTS:
                     found[moment][name] = state[moment]
-                steps.add(number_in(state["step"] if "step" in state else group["step"], "the optimizer's step"))
+                steps.add(
+                    number_in(state["step"] if "step" in state else group["step"], f"{file}: the optimizer's step")
+                )
         for tensors in found.values():
             if tensors.keys() != model.keys() or any(tensors[name].shape != model[name].shape for name in model):
                 raise NotReadable("not of these parameters")
+            if not all(tensor.dtype.is_floating_point for tensor in tensors.values()):
+                raise NotReadable("quantized")
         if len(steps) != 1 or (not mains and any(tensor.dtype in _HALF for tensor in model.values())):
             raise NotReadable("of another kind than Adam's with fp32 weights")
     except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError):

@@ -35,7 +35,7 @@ def load_safetensors(path: Path) -> dict[str, StoredTensor]:
         return {key: _stored(path, key, place) for key, place in read_header(path).places.items()}
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, OverflowError, ValueError) as error:
         raise CheckpointError(f"{path}: not a safetensors file: {error}") from None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import reprlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ _SPAN_BYTES = 1 << 23
 """Read at once, at most, but for a single row that is longer."""
 _GAP_BYTES = 1 << 12
 """Unwanted bytes between rows from which on each row is read on its own."""
+_COMPARED = 1 << 21
+"""Entries compared at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +88,13 @@ class StoredTensor:
         """Return the only value.
 
         Raises:
-            CheckpointError: there are several, or the file cannot be read.
+            CheckpointError: there are several, it is complex, or the file cannot be read.
         """
         values = self.read()
-        if values.numel() != 1:
-            raise CheckpointError(f"{self.path}: a tensor of the shape {self.shape} where a number is expected")
+        if values.numel() != 1 or values.is_complex():
+            raise CheckpointError(
+                f"{self.path}: a tensor of the shape {self.shape} and {self.dtype} where a number is expected"
+            )
         return float(values)
 
     def _fill(self, result: torch.Tensor, descriptor: int, offset: int) -> None:
@@ -126,9 +131,33 @@ def number_in(value: Any, what: str) -> int:
     """Return a counter that a file holds as a number or as a tensor.
 
     Raises:
-        CheckpointError: it is something else.
+        CheckpointError: it is something else, negative, or beyond 64 bits.
     """
+    plain = value.item() if isinstance(value, StoredTensor) else value
     try:
-        return int(value.item() if isinstance(value, StoredTensor) else value)
-    except (TypeError, ValueError):
-        raise CheckpointError(f"{what} is {value!r} instead of a number") from None
+        number = int(plain)
+    except (TypeError, ValueError, OverflowError):
+        number = -1
+    if isinstance(plain, bool) or not 0 <= number < 1 << 63 or number != plain:
+        raise CheckpointError(f"{what} is {reprlib.repr(plain)} instead of a count")
+    return number
+
+
+def check_floating(tensor: StoredTensor, name: str) -> None:
+    """Refuse a tensor that cannot be a weight: quantized ones need more than their entries to be understood.
+
+    Raises:
+        CheckpointError: its entries are not floating-point numbers.
+    """
+    if not tensor.dtype.is_floating_point:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise CheckpointError(f"{tensor.path}: {name} is of {kind}; weights must be floating-point numbers")
+
+
+def same_values(first: StoredTensor, second: StoredTensor) -> bool:
+    """Tell whether two tensors, such as tied ones, are equal; reads them block by block."""
+    if first.shape != second.shape:
+        return False
+    rows = max(1, _COMPARED // max(1, math.prod(first.shape[1:])))
+    boxes = [(slice(start, start + rows),) for start in range(0, first.shape[0], rows)] if first.shape else [()]
+    return all(torch.equal(first.read(box).double(), second.read(box).double()) for box in boxes)

@@ -47,7 +47,7 @@ def load_torch_file(path: Path, stand_ins: bool = True) -> Any:
         with safe_globals([(Inert, name) for name in names]) if names else nullcontext():
             # On the meta device a storage has no bytes, but torch tells where in the file they begin.
             loaded = torch.load(path, map_location="meta", weights_only=True)
-        return _located(loaded, path, records)
+        return _Located(path, records).of(loaded)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
     except CheckpointError:
@@ -81,15 +81,31 @@ def _begin(file: BinaryIO, header: int) -> int:
     return header + _LOCAL_HEADER_BYTES + sum(lengths)
 
 
-def _located(value: Any, path: Path, records: dict[int, int]) -> Any:
-    """Replace the tensors in lists, tuples and dicts."""
-    if isinstance(value, torch.Tensor):
-        return _stored(value, path, records)
-    if isinstance(value, dict):
-        return {key: _located(item, path, records) for key, item in value.items()}
-    if isinstance(value, list | tuple) and type(value) in (list, tuple):
-        return type(value)(_located(item, path, records) for item in value)
-    return value
+class _Located:
+    """Replaces the tensors in lists, tuples and dicts: each of them once, however often a file refers to it."""
+
+    def __init__(self, path: Path, records: dict[int, int]) -> None:
+        self._path, self._records = path, records
+        self._made: dict[int, Any] = {}
+        self._inside: set[int] = set()
+
+    def of(self, value: Any) -> Any:
+        """Return the value with a `StoredTensor` for each tensor in it."""
+        if isinstance(value, torch.Tensor):
+            return _stored(value, self._path, self._records)
+        if not isinstance(value, dict) and type(value) not in (list, tuple):
+            return value
+        key = id(value)
+        if key in self._inside:
+            raise CheckpointError(f"{self._path}: a {type(value).__name__} in it contains itself")
+        if key not in self._made:
+            self._inside.add(key)
+            if isinstance(value, dict):
+                self._made[key] = {name: self.of(item) for name, item in value.items()}
+            else:
+                self._made[key] = type(value)(self.of(item) for item in value)
+            self._inside.remove(key)
+        return self._made[key]
 
 
 def _stored(tensor: torch.Tensor, path: Path, records: dict[int, int]) -> StoredTensor:
