@@ -15,6 +15,7 @@ from launcher.memory import keep_freed_memory
 from launcher.options import one_of
 from megacore.communicator import mpi_or_alone, together
 from megacore.errors import ConfigError
+from megacore.publish import check_apart
 
 if TYPE_CHECKING:
     from launcher.bars import Advance
@@ -58,6 +59,7 @@ def convert(
     began = time.perf_counter()
     source = followed(source, group)
     with together(group):
+        check_apart(source, target, ConfigError)
         one_of("--from", source_format, _SOURCES)
         one_of("--to", target_format, _TARGETS)
         if dtype is not None:

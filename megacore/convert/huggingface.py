@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megacore.checkpoint.attached import ATTACHED, Attached
 from megacore.checkpoint.manifest import WEIGHT
 from megacore.checkpoint.reader import CheckpointReader
 from megacore.checkpoint.stream import Entry, SafetensorsStream
@@ -27,11 +27,9 @@ from megacore.convert.imports import fresh_manifest
 from megacore.convert.links import Link, read_linked
 from megacore.convert.stored_tensor import check_floating, same_values
 from megacore.errors import CheckpointError
-from megacore.publish import os_errors, publishing, write_text
+from megacore.publish import os_errors, publishing, write_bytes, write_text
 from megacore.specs import ParamSpec, Region
 
-ATTACHED = "huggingface"
-"""Directory in an imported checkpoint: Hugging Face's configuration and tokenizer."""
 _MAX_FILE_BYTES = 4 << 30
 _NOT_WEIGHTS = re.compile(r"(\.position_ids|\.attn\.(masked_)?bias|\.inv_freq|embed_positions\.weight)$")
 """Buffers that some versions of transformers saved; all can be computed."""
@@ -136,10 +134,8 @@ class HuggingFaceSource:
 
     def attach(self, directory: Path) -> None:
         """Copy the configuration and the tokenizer's files into a checkpoint that is being written."""
-        (directory / ATTACHED).mkdir()
-        for name in (CONFIG, *COMPANIONS):
-            if (self.path / name).is_file():
-                shutil.copyfile(self.path / name, directory / ATTACHED / name)
+        found = [self.path / name for name in (CONFIG, *COMPANIONS) if (self.path / name).is_file()]
+        Attached({file.name: file.read_bytes() for file in found}).write(directory)
 
 
 def export_huggingface(
@@ -247,4 +243,4 @@ def _write_rest(directory: Path, attached: Path, config: dict[str, object]) -> N
     write_text(directory / CONFIG, json.dumps(config, indent=2) + "\n")
     for name in COMPANIONS:
         if (attached / name).is_file():
-            shutil.copyfile(attached / name, directory / name)
+            write_bytes(directory / name, (attached / name).read_bytes())
