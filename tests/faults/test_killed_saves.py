@@ -61,6 +61,7 @@ def save_until_killed(run: Path) -> None:
 
     while True:
         step += 1
+        saver.wait_for_copy()
         for array in values.values():
             array[...] = step  # while the step before may still be being written
         path = checkpoint_path(run, step)

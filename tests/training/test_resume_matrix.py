@@ -23,6 +23,7 @@ from tests.ranks import run_ranks
 from tests.training.test_layout_matrix import LLAMA, deepspeed, write_sequences
 from tests.training.test_training_layouts import figures
 
+pytestmark = pytest.mark.timeout(600)  # of 42 runs of four ranks, which share what processors there are
 SAVED, LAST = 5, 15
 SOURCES: dict[str, dict[str, Any]] = {
     "dp4 zero1": {},
@@ -76,7 +77,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], RunC
         for target, changes in TARGETS.items():
             made[source, target] = config(f"{source} to {target}", changes)
             sources.append(str(checkpoint_path(made[source,].training.output_dir, SAVED)))
-    run_ranks(train, 4, list(made.values()), sources, timeout=280)
+    run_ranks(train, 4, list(made.values()), sources, timeout=560)
     return made
 
 
