@@ -64,11 +64,13 @@ def os_errors(path: Path, error: type[MegacoreError]) -> Iterator[None]:
 
 
 def check_apart(source: Path, target: Path, error: type[MegacoreError]) -> None:
-    """Refuse to write a directory into the one that is read, or over it.
+    """Refuse to write a directory into the one that is read, or over it; one that exists is refused elsewhere.
 
     Raises:
         MegacoreError: of the given kind.
     """
+    if target.exists():
+        return
     read, written = source.resolve(), target.resolve()
     for place in (written, written.with_name(written.name + INCOMPLETE)):
         if read == place or read in place.parents or place in read.parents:

@@ -73,6 +73,8 @@ def test_hugging_face_in_and_out_under_mpirun(tmp_path: Path) -> None:
         (["source", "out", "--config", "run.yaml"], ["--config run.yaml", "megacore"]),
         (["source", "out", "--to", "deepspeed-universal", "--weights-only"], ["deepspeed-universal", "--weights-only"]),
         (["source", "source"], ["source", "exists already"]),
+        (["source", "source/inside"], ["source/inside", "lies in source"]),
+        (["source", "."], ["exists already"]),
         (["source", "out", "tensor_parallel_size=3"], ["tensor_parallel_size=3", "num_attention_heads=4"]),
     ],
 )
