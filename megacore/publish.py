@@ -33,8 +33,8 @@ def publishing(path: Path, group: Communicator, error: type[MegacoreError]) -> I
         if group.rank == 0:
             if path.exists():
                 raise error(f"{path} exists already; remove it or choose another directory")
-            if (partial / _MARK).exists():  # left by a job that was killed
-                shutil.rmtree(partial)
+            if (partial / _MARK).exists() or (partial.is_dir() and not any(partial.iterdir())):
+                shutil.rmtree(partial)  # left by a job that was killed
             if partial.exists():
                 raise error(f"{partial} is in the way, and no killed job has left it; move it, or choose another name")
             partial.mkdir(parents=True)

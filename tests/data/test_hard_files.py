@@ -164,6 +164,7 @@ def test_what_a_killed_job_left_is_in_nobodys_way(config: DataBuildConfig, tmp_p
     (tmp_path / "tokenizer.model").write_bytes(config.tokenizer_path.read_bytes())
     (tmp_path / "sentences.incomplete").mkdir()
     (tmp_path / "sentences.incomplete" / "train-000000.safetensors").write_bytes(b"half")
+    (tmp_path / "sentences.incomplete" / ".being-written").touch()
     build_sentences(config.model_copy(update={"output_dir": tmp_path}), Alone())
     assert digests(tmp_path / "sentences") == digests(config.sentences_path)
     assert not (tmp_path / "sentences.incomplete").exists()
