@@ -124,6 +124,8 @@ def test_a_link_is_named_by_its_target(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_directory_of_checkpoints_is_not_taken_for_deepspeeds(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "latest").symlink_to(folder / "bert")
-    result = subprocess.run(megacore_command("convert", tmp_path, tmp_path / "out"), capture_output=True, text=True)
+    source = tmp_path / "checkpoints"
+    source.mkdir()
+    (source / "latest").symlink_to(folder / "bert")
+    result = subprocess.run(megacore_command("convert", source, tmp_path / "out"), capture_output=True, text=True)
     assert result.returncode == 2 and "neither a checkpoint (manifest.json)" in result.stderr
