@@ -10,7 +10,7 @@ The last line is one JSON object:
 - ``reshard_rss_excess_mb``: its peak resident memory beyond twice the largest target shard of a tensor;
 - ``ranks2_speedup``: one rank's time by two ranks', the start of ``mpirun`` included;
 - ``ranks1_vs_disk``, ``ranks2_vs_disk``: the time that the command says it took, without its start, by that of two
-  ``cp`` that share the same bytes, which is what the disk gives;
+  ``dd`` that write as many zeros past the page cache, which is what the disk gives;
 - ``async_stall_ratio``: by how much a save in the background makes its step longer (the call, the copy beside it, and
   what the update waits for the copy), by the time of a waiting save; ``async_contention_ratio``: by how much it makes
   the steps longer that share processors and memory with the writing, together, by the same;
@@ -96,11 +96,11 @@ def copied(source: Path, target: Path) -> None:
     flush(target)
 
 
-def copied_by_two(source: Path, target: Path) -> None:
-    """Let two ``cp`` copy half of the files each, and flush."""
+def zeros_by_two(target: Path, size: int) -> None:
+    """Let two ``dd`` write ``size`` bytes past the page cache, as fast as the disk takes them."""
     target.mkdir()
-    files = sorted(source.iterdir(), key=lambda file: file.stat().st_size)
-    running = [subprocess.Popen(["cp", *map(str, files[half::2]), str(target)]) for half in (0, 1)]
+    options = ["if=/dev/zero", "bs=16M", "oflag=direct", f"count={size // 2 // (16 << 20)}", "status=none"]
+    running = [subprocess.Popen(["dd", f"of={target / name}", *options]) for name in "ab"]
     assert not any([process.wait() for process in running])
     flush(target)
 
@@ -142,12 +142,13 @@ def resharding(folder: Path, model: ModelConfig, rounds: int) -> dict[str, float
     source, target = folder / "source", folder / "target"
     write_random(source, model)
     words = ("convert", source, target, f"tensor_parallel_size={TARGET_PARTS}")
+    size = described(model).num_parameters * 2
     peak = peak_of(megacore_command(*words))
     shutil.rmtree(target)
     runs = {
         "cp": partial(copied, source, target),
         "one": partial(said_by, megacore_command(*words)),
-        "disk": partial(copied_by_two, source, target),
+        "disk": partial(zeros_by_two, target, size),
         "two": partial(said_by, mpi_command(2, *words)),
     }
     times: dict[str, list[float]] = defaultdict(list)
@@ -164,7 +165,6 @@ def resharding(folder: Path, model: ModelConfig, rounds: int) -> dict[str, float
     shard = Shard(0, TARGET_PARTS)
     largest = max(math.prod(region_shape(spec.local_region(shard))) * 2 for spec in declarations(model).values())
     median = {who: statistics.median(values) for who, values in times.items()}
-    size = described(model).num_parameters * 2
     print(f"{size / 1e9:.2f} GB: " + ", ".join(f"{who} {seconds:.2f} s" for who, seconds in median.items()))
     print(f"peak of one rank: {peak / 1e6:.0f} MB; largest target shard {largest / 1e6:.0f} MB")
     return {

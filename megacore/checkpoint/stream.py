@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,8 +28,11 @@ NUMPY = {name: np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name) for 
 """Numpy's types of the stored values."""
 _QUEUED = 8
 """Blocks that may wait to be written, so that a writer that lags behind does not fill the memory."""
-_FLUSHED_BYTES = 16 << 20
-"""Flushed at a time while more is written, so that little is left to be flushed at the end."""
+_PAGE = 4096
+"""What lies at multiples of it can be written past the system's page cache."""
+_STAGED_BYTES = 16 << 20
+"""Brought to the disk at a time, while more is made."""
+_STAGES = 3
 
 
 class Entry(NamedTuple):
@@ -51,8 +55,9 @@ Describe = Callable[[Mapping[str, str]], dict[str, str]]
 class SafetensorsStream:
     """A safetensors file being written; tensors must come in the order of ``entries``.
 
-    Use as a context manager. One thread takes checksums and writes while the next block is made, another flushes what
-    was written to the disk; on leaving, the header is completed and the last of the file is flushed.
+    Use as a context manager. One thread takes checksums and gathers blocks while the next one is made, another brings
+    what was gathered to the disk: past the page cache where the file system can do that, so that a checkpoint costs
+    no copy there and drives nothing out of it. On leaving, the header is completed and the last of the file flushed.
 
     Args:
         path: must not exist.
@@ -68,13 +73,16 @@ class SafetensorsStream:
         self._checksums = {entry.key: xxhash.xxh3_128() for entry in entries}
         self._written = 0
         self._file = path.open("xb", buffering=0)
+        self._direct = _open_direct(path)
         self._writer, self._flusher = ThreadPoolExecutor(1, "write"), ThreadPoolExecutor(1, "flush")
         self._pending: deque[Future[None]] = deque()
-        self._flushing: Future[None] | None = None
-        self._unflushed = 0
-        header = self._header()
-        self._write_all(header)
-        self.size = len(header) + sum(entry.nbytes for entry in entries)
+        self._flushing: deque[Future[None]] = deque()
+        header, body = self._header(), sum(entry.nbytes for entry in entries)
+        _write_all(self._file.fileno(), memoryview(header), 0)
+        self.size = len(header) + body
+        self._offset = len(header)
+        self._stages = deque(mmap.mmap(-1, min(_STAGED_BYTES, max(_PAGE, body))) for _ in range(_STAGES))
+        self._staged = 0
 
     def write(self, key: str, blocks: Iterable[NDArray[Any]]) -> None:
         """Write the next tensor from its blocks in row-major order; a block must not change after it was given."""
@@ -93,18 +101,28 @@ class SafetensorsStream:
     def _put(self, key: str, data: NDArray[Any]) -> None:
         content = data.reshape(-1).view(np.uint8).data
         self._checksums[key].update(content)
-        self._write_all(content)
-        self._unflushed += len(content)
-        if self._unflushed >= _FLUSHED_BYTES and (self._flushing is None or self._flushing.done()):
-            if self._flushing is not None:
-                self._flushing.result()
-            self._unflushed = 0
-            self._flushing = self._flusher.submit(os.fdatasync, self._file.fileno())
+        while content:
+            stage = self._stages[0]
+            count = min(len(content), len(stage) - self._staged)
+            stage[self._staged : self._staged + count] = content[:count]
+            content, self._staged = content[count:], self._staged + count
+            if self._staged == _STAGED_BYTES:
+                self._flush_stage()
 
-    def _write_all(self, content: bytes | memoryview) -> None:
-        view = memoryview(content)
-        while view:  # one call writes 2 GiB at most
-            view = view[self._file.write(view) :]
+    def _flush_stage(self) -> None:
+        """Bring a full stage to the disk, and go on with one that is there already."""
+        self._flushing.append(self._flusher.submit(self._bring, self._stages[0], self._offset))
+        self._stages.rotate(-1)
+        self._offset, self._staged = self._offset + _STAGED_BYTES, 0
+        if len(self._flushing) == _STAGES:
+            self._flushing.popleft().result()
+
+    def _bring(self, stage: mmap.mmap, offset: int) -> None:
+        if self._direct is not None:
+            _write_all(self._direct, memoryview(stage), offset)
+        else:
+            _write_all(self._file.fileno(), memoryview(stage), offset)
+            os.fdatasync(self._file.fileno())
 
     def _header(self) -> bytes:
         metadata = self._describe({key: checksum.hexdigest() for key, checksum in self._checksums.items()})
@@ -115,7 +133,7 @@ class SafetensorsStream:
             header[entry.key] = {"dtype": CODES[entry.dtype], "shape": entry.shape, "data_offsets": place}
             offset = place[1]
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
+        text += b" " * (-(8 + len(text)) % _PAGE)  # the tensors begin at a page
         return len(text).to_bytes(8, "little") + text
 
     def __enter__(self) -> SafetensorsStream:
@@ -127,17 +145,33 @@ class SafetensorsStream:
                 assert self._written == len(self._entries), f"not written: {self._entries[self._written :]}"
                 while self._pending:
                     self._pending.popleft().result()
-                if self._flushing is not None:
-                    self._flushing.result()  # the system tells of a failed flush once: not again below
+                while self._flushing:
+                    self._flushing.popleft().result()  # the system tells of a failed flush once: not again below
+                _write_all(self._file.fileno(), memoryview(self._stages[0])[: self._staged], self._offset)
                 header = self._header()
-                self._file.seek(0)
-                self._write_all(header)
+                _write_all(self._file.fileno(), memoryview(header), 0)
                 self.header = checksum_of(header)
                 os.fsync(self._file.fileno())
         finally:
             self._writer.shutdown(cancel_futures=True)
             self._flusher.shutdown()
             self._file.close()
+            if self._direct is not None:
+                os.close(self._direct)
+
+
+def _open_direct(path: Path) -> int | None:
+    """Open a file for writes past the page cache; ``None`` where the system or the file system has no such thing."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_DIRECT)
+    except (AttributeError, OSError):
+        return None
+
+
+def _write_all(descriptor: int, content: memoryview, offset: int) -> None:
+    while content:  # one call writes 2 GiB at most
+        count = os.pwrite(descriptor, content, offset)
+        content, offset = content[count:], offset + count
 
 
 def checksum_of(content: bytes | memoryview) -> str:

@@ -340,7 +340,8 @@ def test_a_flush_that_fails_in_the_background_is_no_success(tmp_path: Path, monk
     def failing(descriptor: int) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("megacore.checkpoint.stream._FLUSHED_BYTES", 1)
+    monkeypatch.setattr("megacore.checkpoint.stream._STAGED_BYTES", 16)
+    monkeypatch.setattr("megacore.checkpoint.stream._open_direct", lambda path: None)
     monkeypatch.setattr(os, "fdatasync", failing)
     with pytest.raises(CheckpointError, match="Input/output error"):
         write(tmp_path / "c")
