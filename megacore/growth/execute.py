@@ -79,12 +79,9 @@ def planned_files(reader: CheckpointReader, plan: GrowthPlan, output: GrowthOutp
     output.parallel.check(plan.target)
     states = reader.manifest.states if output.keep_optimizer else (WEIGHT,)
 
-    def dtype_of(name: str, state: str) -> str:
-        return output.dtype or reader.dtype(plan.rules[name].source, state)
-
     layout = layout_of(output.parallel)
     grower = Grower(reader, plan, output.dtype)
-    return plan_files(plan.specs, states, layout, dtype_of, grower.box, output.max_file_bytes)
+    return plan_files(plan.specs, states, layout, grower.dtype, grower.box, output.max_file_bytes)
 
 
 def _manifest(reader: CheckpointReader, plan: GrowthPlan, output: GrowthOutput) -> Manifest:
