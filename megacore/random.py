@@ -49,9 +49,8 @@ def uniform_rows(key: int, rows: NDArray[np.integer], length: int) -> NDArray[np
     Fast, for where the distribution's form does not matter: each 64 random bits give four numbers.
     """
     words = -(-length // 4)
-    bits = random_bits(
-        key, rows.reshape(-1, 1).astype(np.uint64) * np.uint64(words) + np.arange(words, dtype=np.uint64)
-    )
+    counters: NDArray[np.int64] = rows.astype(np.int64).reshape(-1, 1) * words + np.arange(words)
+    bits = random_bits(key, counters)
     quarters = bits.astype("<u8", copy=False).view("<u2").reshape(len(bits), -1)[:, :length]
     numbers = quarters.astype(np.float32)
     numbers -= np.float32(32767.5)
