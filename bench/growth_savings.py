@@ -28,6 +28,7 @@ loss, for the worst seed (``null``: that loss was not reached), then the other m
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -147,8 +148,8 @@ def families(setting: Setting) -> dict[str, Family]:
         ),
         "llama": Family(
             "lm",
-            {**COMMON, **LLAMA, **sizes, "intermediate_size": 256},
-            {**narrow, "intermediate_size": 128, "num_hidden_layers": 2},
+            {**COMMON, **LLAMA, **sizes, "num_key_value_heads": 4, "intermediate_size": 256},
+            {**narrow, "num_key_value_heads": 2, "intermediate_size": 128, "num_hidden_layers": 2},
             shallow={"num_hidden_layers": 2},
         ),
     }
@@ -347,6 +348,15 @@ class Study:
         }
 
 
+def described(text: Path | None) -> dict[str, Any]:
+    """Say which text a study was made on."""
+    if text is None:
+        return {"file": "the embedded corpus"}
+    with text.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"file": text.name, "bytes": text.stat().st_size, "sha256": digest}
+
+
 def worst(figures: dict[str, Any], method: str) -> float | None:
     """Return what a method saves at the baseline's final loss, for the worst seed."""
     saved = [seed[method]["saved_at_end"] for seed in figures["seeds"].values()]
@@ -385,7 +395,11 @@ def main() -> None:
     known = families(setting)
     studies = [Study(name, known[name], setting, out.resolve(), given.input) for name in given.families]
     run(studies, setting.seeds, given.jobs)
-    figures = {"setting": asdict(setting), **{study.name: study.finish() for study in studies}}
+    figures = {
+        "text": described(given.input),
+        "setting": asdict(setting),
+        **{study.name: study.finish() for study in studies},
+    }
     (out / "growth-savings.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     draw({study.name: figures[study.name]["seeds"] for study in studies}, out / "growth-savings.png")
     if given.results:
