@@ -117,7 +117,7 @@ class Line:
             "deepspeed_config": str(ROOT / "ds_configs" / "zero1.json"),
             "train_steps": steps,
             "learning_rate": self.rate,
-            "eval_interval": steps,
+            "eval_interval": 1_000_000_000,  # the first and the last step are always measured
             "save_interval": max(100, steps // 4),
             "keep_last": 1,
             **schedule,
