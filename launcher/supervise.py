@@ -50,7 +50,7 @@ def supervise(command: Sequence[str], environment: Mapping[str, str], kept_open:
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        if job is not None:
+        if job is not None and job.returncode is None:
             _signal_group(job.pid, _PASSED_ON[signal.Signals(number)])
             signal.alarm(_GRACE)
 

@@ -45,17 +45,17 @@ def program(
         raise ConfigError(f"--stage {stage}: {file} has {len(stages)} stages")
     finished = count_finished(stages)
     left, submission = stages[finished:], Submission(file, processes, sbatch or ())
-    if dry_run and slurm:
+    if slurm and not left:
+        typer.echo(f"all stages are finished: {stages[-1].result}")
+    elif slurm and dry_run:
         for one in left:
             typer.echo(stage_script(one, submission))
-    elif dry_run:
-        _show(stages, finished)
-    elif slurm and left:
+    elif slurm:
         for name, job in submit(left, submission).items():
             typer.echo(f"{name}: job {job}")
         typer.echo(f"each job waits for the one before it; logs: {left[0].directory.parent}/*.log")
-    elif slurm:
-        typer.echo(f"all stages are finished: {stages[-1].result}")
+    elif dry_run:
+        _show(stages, finished)
     else:
         run_stages(stages, stage)
 

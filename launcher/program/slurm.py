@@ -22,6 +22,8 @@ from megacore.errors import ConfigError, MegacoreError
 from megacore.publish import os_errors, replace_file
 
 _TEMPLATE = "stage.sbatch"
+_PATIENCE = 120
+"""Seconds that sbatch has to answer."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ def submit(stages: Sequence[Stage], submission: Submission) -> dict[str, str]:
         try:
             jobs[stage.name] = _submit(path, next(reversed(jobs.values()), None))
         except BaseException:
-            subprocess.run(["scancel", *jobs.values()], check=False)
+            if jobs:
+                subprocess.run(["scancel", *jobs.values()], timeout=_PATIENCE)
             raise
     return jobs
 
@@ -107,7 +110,10 @@ def _submit(script: Path, before: str | None) -> str:
     command = ["sbatch", "--parsable", *after, str(script)]
     # The nodes may have GPUs, though this machine, for which the accelerator was guessed, has none.
     environment = {key: value for key, value in os.environ.items() if (key, value) != ("DS_ACCELERATOR", "cpu")}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    try:
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_PATIENCE)
+    except subprocess.TimeoutExpired:
+        raise MegacoreError(f"sbatch did not answer in {_PATIENCE} s; is the cluster's controller up?") from None
     if result.returncode:
         reason = result.stderr.strip() or f"exit code {result.returncode}"
         raise MegacoreError(f"sbatch refused {script}: {reason}")

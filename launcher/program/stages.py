@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -237,7 +238,7 @@ def _grow_stage(program: ProgramConfig, config: StageConfig, number: int, begin:
         directory,
         config.processes or program.processes,
         (*program.sbatch, *config.sbatch),
-        {"grow": dict(config.grow)},
+        {"grow": json.loads(json.dumps(config.grow, default=str))},
         begin,
         State(model, begin.step, parallel.tensor_parallel_size, directory),
         words,
