@@ -156,7 +156,7 @@ def test_a_programme_stopped_in_a_stage_goes_on_to_the_same_end(tmp_path: Path, 
 
 def two_processes(values: dict[str, Any]) -> None:
     values["processes"] = 2
-    values["stages"][0]["train"] = {"train_steps": 40, "tensor_parallel_size": 2}
+    values["stages"][0]["train"] = {"train_steps": 40, "save_interval": 10, "tensor_parallel_size": 2}
     values["stages"][1]["grow"]["intermediate_size"] = 80
 
 
