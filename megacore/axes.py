@@ -27,12 +27,22 @@ class Sharding(Enum):
 
 
 class GrowthRule(Enum):
-    """How the copies of an axis share the work of their source, and how they are made to differ."""
+    """How the entries of a grown axis are made (`megacore.growth.plan`)."""
 
     STREAM = "stream"
-    """The residual stream: even copies (the only ones that commute with a post-LN norm), kernel noise in readers."""
+    """The residual stream: copies that its norms do not notice, kernel noise in what reads it."""
     SPLIT = "split"
     """Hidden units between two linear maps: any number of copies, uneven shares on the reading side."""
+    HEADS = "heads"
+    """Query heads: as hidden units, in step with the key heads that they read."""
+    KEY_HEADS = "key_heads"
+    """Key and value heads: copies, shared as the query heads are that read them."""
+    HEAD_DIM = "head_dim"
+    """Numbers of a head: copies, in pairs where pairs are rotated, that keep the scores."""
+    ROWS = "rows"
+    """Rows of a table: new ones are added."""
+    EXPERTS = "experts"
+    """Experts: copies of a dense network."""
     FIXED = "fixed"
     """Does not grow."""
 
@@ -50,28 +60,24 @@ class Axis:
 
 AXES: dict[str, Axis] = {
     "hidden": Axis("hidden_size", growth=GrowthRule.STREAM),
-    # The output of the token head's dense layer: read by the tied word table, so it grows as the stream does.
+    # The output of the token head's dense layer: read by the word table, so it grows as the stream does.
     "transform": Axis("hidden_size", growth=GrowthRule.STREAM),
     "pooled": Axis("hidden_size", growth=GrowthRule.SPLIT),
-    "heads": Axis("num_attention_heads", Sharding.EVEN, GrowthRule.SPLIT),
-    "kv_heads": Axis("num_key_value_heads", Sharding.EVEN, GrowthRule.SPLIT),
-    "head_dim": Axis("head_dim"),
+    "heads": Axis("num_attention_heads", Sharding.EVEN, GrowthRule.HEADS),
+    "kv_heads": Axis("num_key_value_heads", Sharding.EVEN, GrowthRule.KEY_HEADS),
+    "head_dim": Axis("head_dim", growth=GrowthRule.HEAD_DIM),
     "key_value": Axis("key_value", stacks=True),
     "ffn": Axis("intermediate_size", Sharding.EVEN, GrowthRule.SPLIT),
     "gate_up": Axis("gate_up", stacks=True),
-    "experts": Axis("num_experts", Sharding.EXPERT, stacks=True),
-    "routes": Axis("num_experts"),
-    "vocab": Axis("vocab_size", Sharding.BALANCED),
-    "positions": Axis("max_position_embeddings"),
+    "experts": Axis("num_experts", Sharding.EXPERT, GrowthRule.EXPERTS, stacks=True),
+    "routes": Axis("num_experts", growth=GrowthRule.EXPERTS),
+    "vocab": Axis("vocab_size", Sharding.BALANCED, GrowthRule.ROWS),
+    "positions": Axis("max_position_embeddings", growth=GrowthRule.ROWS),
     "relative_buckets": Axis("relative_attention_num_buckets"),
-    "segments": Axis("type_vocab_size"),
+    "segments": Axis("type_vocab_size", growth=GrowthRule.ROWS),
     "nsp_classes": Axis("nsp_classes"),
     "scalar": Axis("scalar"),
 }
-
-GROWABLE_KEYS: tuple[str, ...] = tuple(
-    dict.fromkeys(axis.key for axis in AXES.values() if axis.growth is not GrowthRule.FIXED)
-)
 
 
 def shard_bounds(size: int, rank: int, parts: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ One Transformer serves all families; a family is a set of values of these keys. 
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 from math import isqrt
 from typing import Annotated, Any, Literal
@@ -26,6 +27,9 @@ Layers = Annotated[int, Field(gt=0, le=100_000)]
 OptionalLayers = Annotated[int, Field(ge=0, le=100_000)]
 Experts = Annotated[int, Field(gt=0, le=1 << 20)]
 OptionalExperts = Annotated[int, Field(ge=0, le=1 << 20)]
+
+BLOCK_NORM = re.compile(r"(encoder\.|decoder\.)?layers\.(\d+)\.(?:attention|cross_attention|mlp)_residual\.norm")
+"""Names of the norms whose eps may differ."""
 
 OBJECTIVES: dict[Architecture, tuple[Objective, ...]] = {
     "encoder": ("mlm_nsp", "mlm"),
@@ -96,6 +100,15 @@ class ModelConfig(Settings):
     lm_bias: bool = True
     """A bias per token in the output."""
     logit_multiplier: PositiveFloat = 1.0
+    norm_copies: tuple[Size, ...] = ()
+    """Of a stream that was widened unevenly: the sizes that it had. Norms then weigh the copies of each of the first
+    one's coordinates as one (`megacore.nn.norm`); empty for plain norms."""
+    norm_eps_of: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """Norms of blocks, by name, whose eps is not ``norm_eps``: what a post-norm model needs after growing in depth."""
+    stream_scales: dict[Stack, PositiveFloat] = Field(default_factory=dict)
+    """DeepNorm's alpha of each stack, where it is not the formula's: a stack that grew keeps its own."""
+    rope_frequencies: tuple[PositiveFloat, ...] = ()
+    """Of each rotated pair, where they are not theta^(-2j/head_dim): heads that grew keep theirs."""
     num_experts: OptionalExperts = 0
     """Of each feed-forward network; 0 for a dense one."""
     num_experts_per_token: Experts = 2
@@ -156,6 +169,11 @@ class ModelConfig(Settings):
         """Whether sublayers normalise what they read, so that the stream needs a final norm."""
         return self.residual in ("pre_norm", "sub_norm")
 
+    @property
+    def has_output_gain(self) -> bool:
+        """Whether a norm with a gain of its own comes right before the output table."""
+        return self.norm_affine and (self.lm_transform or self.norms_inputs)
+
     def layers_of(self, stack: Stack) -> int:
         """Return the number of layers of a stack."""
         decoder = self.num_decoder_layers if self.architecture == "encoder_decoder" else self.num_hidden_layers
@@ -196,9 +214,25 @@ class ModelConfig(Settings):
             )
         if self.num_experts:
             self._check_experts()
+        self._check_grown()
         if self.num_decoder_layers and self.architecture != "encoder_decoder":
             raise ValueError(f"num_decoder_layers={self.num_decoder_layers} needs architecture=encoder_decoder")
         return self
+
+    def _check_grown(self) -> None:
+        """Check what only a model that has grown has."""
+        if self.norm_copies and list(self.norm_copies) != sorted({*self.norm_copies, self.hidden_size})[:-1]:
+            raise ValueError(f"norm_copies={self.norm_copies}: sizes must grow, up to hidden_size={self.hidden_size}")
+        if self.rope_frequencies and len(self.rope_frequencies) != self.head_dim // 2:
+            raise ValueError(
+                f"rope_frequencies has {len(self.rope_frequencies)} entries for the {self.head_dim // 2} pairs of "
+                f"head_dim={self.head_dim}"
+            )
+        for name in self.norm_eps_of:
+            found = BLOCK_NORM.fullmatch(name)
+            decoder = self.architecture == "decoder" or (found is not None and found[1] == "decoder.")
+            if not found or int(found[2]) >= self.layers_of("decoder" if decoder else "encoder"):
+                raise ValueError(f"norm_eps_of: {name} is no norm of a block")
 
     def _check_experts(self) -> None:
         if self.num_experts_per_token > self.num_experts:
@@ -210,6 +244,10 @@ class ModelConfig(Settings):
                 f"residual=sub_norm has a norm inside the feed-forward network, which num_experts={self.num_experts} "
                 "replaces; choose another residual, or num_experts=0"
             )
+
+
+NOT_GROWN: dict[str, Any] = {"norm_copies": (), "norm_eps_of": {}, "stream_scales": {}, "rope_frequencies": ()}
+"""The keys that only growth sets, as other models have them: other programs have no such thing."""
 
 
 def presets() -> list[str]:

@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from megacore.model_config import ModelConfig
@@ -52,6 +54,10 @@ class Declare:
     ) -> None:
         self._config, self._shard = config, shard
         self._device, self._dtype = device, dtype
+
+    def constant(self, values: NDArray[np.int64]) -> torch.Tensor:
+        """Put numbers that are no parameter where the parameters are; integers, so that no cast changes them."""
+        return torch.from_numpy(values).to(self._device)
 
     def __call__(self, *axes: tuple[str, Role], initial: Initial, gain: float | tuple[float, ...] = 1.0) -> Parameter:
         """Declare a parameter with these axes; its values are unset until `initialise` or a checkpoint sets them."""

@@ -25,11 +25,19 @@ class Role(Enum):
     """What a parameter does along an axis; this decides how the parameter changes when the axis is copied."""
 
     WRITE = "write"
-    """Makes the values along this axis (output rows, biases, gains, table columns): a copy repeats its source."""
+    """Makes the values along this axis (output rows, biases, table columns): a copy repeats its source."""
     READ = "read"
     """Contracts over this axis (input columns): the copies share the source's value, so that their sum is kept."""
     INDEX = "index"
     """Is looked up by this axis (table rows)."""
+    SCALE = "scale"
+    """Multiplies the values along this axis (a norm's gain)."""
+    SHIFT = "shift"
+    """Is added to normalised values along this axis (a norm's bias)."""
+    SCALE_READ = "scale_read"
+    """Multiplies values that a table then contracts with which is also written (a norm before tied embeddings)."""
+    SHIFT_READ = "shift_read"
+    """Is added to such values."""
 
 
 @dataclass(frozen=True)

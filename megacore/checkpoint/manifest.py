@@ -62,7 +62,7 @@ class AxisRecord(Record):
     """One dim of a parameter: the axis's name, what the parameter does along it, and its size."""
 
     name: str
-    role: Literal["write", "read", "index"]
+    role: Literal["write", "read", "index", "scale", "shift", "scale_read", "shift_read"]
     size: PositiveInt
 
 

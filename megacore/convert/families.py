@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megacore.convert.links import Columns, Link
-from megacore.model_config import ModelConfig
+from megacore.model_config import NOT_GROWN, ModelConfig
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -168,6 +168,7 @@ _ENCODER = _SIZES | {
     "attention_dropout": "attention_probs_dropout_prob",
 }
 _PRE_NORM: dict[str, Any] = {
+    **NOT_GROWN,
     "residual": "pre_norm",
     "embedding_norm": False,
     "type_vocab_size": 0,
@@ -178,6 +179,7 @@ _PRE_NORM: dict[str, Any] = {
     "num_experts": 0,
 }
 _POST_NORM: dict[str, Any] = {
+    **NOT_GROWN,
     "architecture": "encoder",
     "residual": "post_norm",
     "norm": "layer_norm",

@@ -134,7 +134,10 @@ class Link:
         """Return the positions of the parameter's dims that make each foreign dim."""
         positions = range(self._stacked, len(spec.dims))
         assert self.part is None or AXES[spec.dims[0].axis].stacks
-        groups = [[p for p in positions if spec.dims[p].role is role] for role in (Role.INDEX, Role.WRITE, Role.READ)]
+        inputs = [p for p in positions if spec.dims[p].role is Role.READ]
+        looked_up = [p for p in positions if spec.dims[p].role is Role.INDEX]
+        outputs = [p for p in positions if p not in inputs and p not in looked_up]
+        groups = [looked_up, outputs, inputs]
         return [group for group in groups if group]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from megacore.config import ParallelConfig
 from megacore.errors import ConfigError
-from megacore.model_config import ModelConfig
+from megacore.model_config import NOT_GROWN, ModelConfig
 from megacore.settings import validated
 
 VOCABULARY_MULTIPLE = 128
@@ -74,6 +74,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 _POSITIONS = {"learned_absolute": "learned", "rope": "rotary", "none": "none"}
 _NORMS = {"LayerNorm": "layer_norm", "RMSNorm": "rms_norm"}
 _FIXED: dict[str, Any] = {
+    **NOT_GROWN,
     "residual": "pre_norm",
     "norm_affine": True,
     "embedding_norm": False,

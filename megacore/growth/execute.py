@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from megacore.checkpoint.attached import Attached
@@ -14,7 +13,7 @@ from megacore.checkpoint.reader import CheckpointReader
 from megacore.checkpoint.writer import FileToWrite, write_checkpoint
 from megacore.communicator import Communicator, together
 from megacore.config import ParallelConfig
-from megacore.growth.apply import grow_box
+from megacore.growth.apply import Grower
 from megacore.growth.plan import GrowthPlan
 
 
@@ -80,11 +79,9 @@ def planned_files(reader: CheckpointReader, plan: GrowthPlan, output: GrowthOutp
     output.parallel.check(plan.target)
     states = reader.manifest.states if output.keep_optimizer else (WEIGHT,)
 
-    def dtype_of(name: str, state: str) -> str:
-        return output.dtype or reader.dtype(name, state)
-
     layout = layout_of(output.parallel)
-    return plan_files(plan.specs, states, layout, dtype_of, partial(grow_box, reader, plan), output.max_file_bytes)
+    grower = Grower(reader, plan, output.dtype)
+    return plan_files(plan.specs, states, layout, grower.dtype, grower.box, output.max_file_bytes)
 
 
 def _manifest(reader: CheckpointReader, plan: GrowthPlan, output: GrowthOutput) -> Manifest:
@@ -92,7 +89,7 @@ def _manifest(reader: CheckpointReader, plan: GrowthPlan, output: GrowthOutput) 
     exponent = source.annealing.exponent(source.progress.step)
     multipliers = {}
     for name in plan.specs:
-        inherited = source.parameters[name]
+        inherited = source.parameters[plan.rules[name].source]
         multipliers[name] = (
             inherited.learning_rate_multiplier**exponent * plan.learning_rate_multiplier(name),
             inherited.adam_eps_multiplier * plan.adam_eps_multiplier(name),

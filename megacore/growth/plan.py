@@ -1,33 +1,32 @@
 """The growth plan: from two model configurations to a rule for every parameter; metadata only.
 
-The mathematics, for post-LN BERT. A grown stream repeats each coordinate k times; LayerNorm commutes with that
-(mean and variance are unchanged), so every activation of the large model is a repetition of the small one's if
+An axis map (`megacore.growth.maps`) says, for each axis, which old entry a new one copies and what its values are
+multiplied by. What a parameter does along an axis (`megacore.specs.Role`) then says how it changes: what *writes* an
+axis is repeated along it, what *reads* it is shared between the copies. What is added to a stream reader and sums to
+zero over the copies of each coordinate (kernel noise) changes nothing. By the chain rule gradients change the other
+way round; Adam's first moment changes like the gradient, the second like its square, eps like the gradient; and equal
+steps of the function need each weight's learning rate multiplied by the weight's own factor.
 
-- what *writes* an axis is repeated along it,
-- what *reads* an axis is multiplied by shares that sum to one over the copies of an entry, and
-- what is added to a stream reader sums to zero over the copies of each coordinate (kernel noise).
-
-Hidden units that lie between two linear maps (heads, FFN neurons, the pooler) may have any number of copies with
-any shares. By the chain rule gradients change the other way round: written axes by the share, read axes not at
-all; Adam's first moment changes like the gradient, the second like its square, eps like the gradient; and equal
-steps of the function need each weight's learning rate multiplied by its share (Net2Net, Chen et al. 2016, for the
-maps; LEMON, Wang et al. 2024, for uneven shares; the multipliers are the maximal-update rule, Yang et al. 2022).
+Sources: Net2Net (Chen et al. 2016) for the maps; LEMON (Wang et al. 2024) for uneven shares; the multipliers are the
+maximal-update rule (Yang et al. 2022).
 """
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from megacore.axes import AXES, GROWABLE_KEYS, GrowthRule
-from megacore.errors import ConfigError
-from megacore.growth.maps import AxisMap, even_map, uneven_map
+import numpy as np
+
+from megacore.axes import AXES, GrowthRule
+from megacore.growth.depth import DepthChange, depth_change
+from megacore.growth.maps import AxisMap, centred, copied, extended, head_dims, query_heads, shared, weighted
+from megacore.growth.target import GROWABLE_KEYS, StreamRule, stream_rule, target_config
 from megacore.model_config import ModelConfig
 from megacore.models.transformer import declarations
-from megacore.settings import unknown_key, validated
 from megacore.specs import Dim, ParamSpec, Role
 
 
@@ -39,7 +38,7 @@ class Symmetry:
         noise_scale: standard deviation of the kernel noise in stream readers, relative to the root mean square of
             the source row.
         share_scale: relative standard deviation of the shares of heads, neurons and pooler units.
-        seed: of both.
+        seed: of both, and of the initial values of what is new.
     """
 
     noise_scale: float = 0.2
@@ -48,42 +47,148 @@ class Symmetry:
 
 
 @dataclass(frozen=True)
+class Rule:
+    """How a parameter of the grown model is made.
+
+    Args:
+        source: the parameter of the small model that it copies.
+        dims: for each of its dims, the source's; ``None`` for one that the source lacks.
+        factor: of the weights, beside those of its axes; gradients change by its inverse.
+        constant: what the weights are instead.
+        is_new: the small model has nothing that does the same work: Adam's first moment starts from zero.
+        drawn: weights are initial values; the source only tells how large second moments are.
+    """
+
+    source: str
+    dims: tuple[int | None, ...]
+    factor: float = 1.0
+    constant: float | None = None
+    is_new: bool = False
+    drawn: bool = False
+
+
+@dataclass(frozen=True)
 class GrowthPlan:
-    """A lossless map from every checkpoint of ``source`` to one of ``target``."""
+    """A map from every checkpoint of ``source`` to one of ``target`` that computes the same."""
 
     source: ModelConfig
     target: ModelConfig
     symmetry: Symmetry
+    depth: DepthChange
+    _maps: dict[tuple[str, str], AxisMap] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def specs(self) -> dict[str, ParamSpec]:
         """The declarations of the grown model's parameters."""
         return declarations(self.target)
 
+    @cached_property
+    def source_specs(self) -> dict[str, ParamSpec]:
+        """The declarations of the small model's parameters."""
+        return declarations(self.source)
+
+    @cached_property
+    def rules(self) -> dict[str, Rule]:
+        """The rule of every parameter of the grown model."""
+        return {name: self._rule(name, spec) for name, spec in self.specs.items()}
+
+    def _rule(self, name: str, spec: ParamSpec) -> Rule:
+        found, is_new = self.depth.source_of(name)
+        if found not in self.source_specs and not self.source.num_experts:  # a dense network becomes experts
+            if found.endswith("router_weight"):
+                return Rule(found.replace("router_weight", "up_weight"), (None,) * len(spec.dims), drawn=True)
+            found = found.replace(".experts.", ".")
+            return Rule(found, (None, *range(len(spec.dims) - 1)), constant=self._silence(spec, is_new), is_new=is_new)
+        factor = self.depth.factors.get(name, 1.0) * self._tempering(name, spec)
+        constant = self.depth.constants.get(name)
+        if constant is None:
+            constant = self._silence(spec, is_new)
+        return Rule(found, tuple(range(len(spec.dims))), factor, constant, is_new or constant is not None)
+
+    def _silence(self, spec: ParamSpec, is_new: bool) -> float | None:
+        """Return zero for what lets a new layer write the stream."""
+        gate = "scalar" if self.source.residual == "rezero" else "hidden"
+        return 0.0 if is_new and any((dim.axis, dim.role) == (gate, Role.WRITE) for dim in spec.dims) else None
+
+    def _tempering(self, name: str, spec: ParamSpec) -> float:
+        """Return the factor of the gains of queries and keys, for scores to stay as they are with larger heads."""
+        if not re.search(r"\.(query|key)_norm\.", name):
+            return 1.0
+        scores = self.target.score_scale * self.target.head_dim / (self.source.score_scale * self.source.head_dim)
+        return float(scores**-0.5)
+
     def maps(self, parameter: str) -> tuple[AxisMap, ...]:
         """Return the map of each dim of a parameter."""
         return tuple(self._map(_scope(parameter), dim) for dim in self.specs[parameter].dims)
 
     def _map(self, scope: str, dim: Dim) -> AxisMap:
-        axis = AXES[dim.axis]
-        old = self.source.axis_size(dim.axis)
-        if axis.growth is GrowthRule.SPLIT and dim.size != old:
-            # Keys and values are made for the heads that read them: one map for both.
-            name = "heads" if dim.axis == "kv_heads" else dim.axis
-            return uneven_map(old, dim.size, self.symmetry.share_scale, self.symmetry.seed, scope, name)
-        return even_map(old, dim.size)
+        rule = AXES[dim.axis].growth
+        local = rule in (GrowthRule.SPLIT, GrowthRule.HEADS, GrowthRule.KEY_HEADS)
+        key = (scope if local else "", dim.axis)
+        if key not in self._maps:
+            self._maps[key] = self._made(rule, scope, dim)
+        return self._maps[key]
+
+    def _made(self, rule: GrowthRule, scope: str, dim: Dim) -> AxisMap:
+        old, new = self.source.axis_size(dim.axis), dim.size
+        if rule is GrowthRule.STREAM:
+            return self._stream(old, new)
+        if rule is GrowthRule.SPLIT and new != old:
+            return self._shared(old, copied(old, new), scope, dim.axis)
+        if rule in (GrowthRule.HEADS, GrowthRule.KEY_HEADS):
+            return self._heads(rule, scope)
+        if rule is GrowthRule.HEAD_DIM and new != old:
+            # The square keeps the mean square of normalised queries, or else the scores.
+            square = new / old if self.source.qk_norm else self.source.score_scale / self.target.score_scale
+            source = head_dims(old, new, self.source.position_embedding)
+            counts = np.bincount(source)[source]
+            write = np.sqrt(square / counts)
+            return AxisMap(old, source, write, 1.0 / (counts * write))
+        if rule is GrowthRule.ROWS and new > old:
+            return extended(old, new)
+        if rule is GrowthRule.EXPERTS and new > old:
+            return shared(1, np.zeros(new, np.int64))
+        return shared(old, copied(old, new))
+
+    def _stream(self, old: int, new: int) -> AxisMap:
+        rule = stream_rule(self.source, new)
+        if rule is StreamRule.CENTRED:
+            return centred(old, new)
+        return (
+            weighted(old, copied(old, new), new / old) if rule is StreamRule.WEIGHTED else shared(old, copied(old, new))
+        )
+
+    def _shared(self, old: int, source: np.ndarray[Any, np.dtype[np.int64]], scope: str, axis: str) -> AxisMap:
+        return shared(old, source, self.symmetry.share_scale, self.symmetry.seed, scope, axis)
+
+    def _heads(self, rule: GrowthRule, scope: str) -> AxisMap:
+        old = self.source.num_attention_heads, self.source.num_key_value_heads
+        new = self.target.num_attention_heads, self.target.num_key_value_heads
+        source = query_heads(old, new)
+        assert source is not None, "checked by target_config"
+        queries = shared(old[0], source)
+        if new != old and scope.endswith("attention"):
+            queries = self._shared(old[0], source, scope, "heads")
+        if rule is GrowthRule.HEADS:
+            return queries
+        # A key head's gradient comes through the query heads that read it.
+        read = queries.read.reshape(new[1], -1).sum(axis=1) * (old[1] / old[0])
+        return AxisMap(old[1], copied(old[1], new[1]), np.ones(new[1]), read)
 
     def learning_rate_multiplier(self, parameter: str) -> float:
         """Return the mean factor of the weight: what Adam's step must be multiplied by."""
-        return self._shrinkage(parameter, Role.READ)
+        rule = self.rules[parameter]
+        if rule.constant is not None or rule.drawn:
+            return 1.0
+        dims = zip(self.specs[parameter].dims, self.maps(parameter), strict=True)
+        return rule.factor * float(np.prod([np.abs(axis_map.factor(dim.role)).mean() for dim, axis_map in dims]))
 
     def adam_eps_multiplier(self, parameter: str) -> float:
         """Return the mean factor of the gradient: what Adam's eps must be multiplied by."""
-        return self._shrinkage(parameter, Role.WRITE)
-
-    def _shrinkage(self, parameter: str, role: Role) -> float:
-        dims = (dim for dim in self.specs[parameter].dims if dim.role is role)
-        return math.prod(self.source.axis_size(dim.axis) / dim.size for dim in dims)
+        rule = self.rules[parameter]
+        dims = zip(self.specs[parameter].dims, self.maps(parameter), strict=True)
+        means = [np.abs(axis_map.gradient_factor(dim.role)).mean() for dim, axis_map in dims]
+        return float(np.prod(means)) / rule.factor
 
     @property
     def changes(self) -> dict[str, dict[str, Any]]:
@@ -96,9 +201,8 @@ class GrowthPlan:
 
 
 def _scope(parameter: str) -> str:
-    """Name what a parameter's inner axes are shared within: its layer, or its head."""
-    parts = parameter.split(".")
-    return ".".join(parts[:2]) if parts[0] == "layers" else parts[0]
+    """Name what a parameter's inner axes are shared within: an attention, a feed-forward network, a head."""
+    return re.sub(r"\.experts$", "", parameter.rpartition(".")[0]).removesuffix(".inner_norm")
 
 
 def make_plan(source: ModelConfig, sizes: Mapping[str, Any], symmetry: Symmetry) -> GrowthPlan:
@@ -113,48 +217,5 @@ def make_plan(source: ModelConfig, sizes: Mapping[str, Any], symmetry: Symmetry)
         ConfigError: a key is unknown, cannot grow, shrinks, or grows in a way that would change the function; the
             message gives the reason and sizes that are possible.
     """
-    for key in sizes:
-        if key not in ModelConfig.model_fields:
-            raise unknown_key(key, GROWABLE_KEYS)
-        if key not in GROWABLE_KEYS and sizes[key] != getattr(source, key):
-            raise ConfigError(f"{key} cannot be changed by growing; what can: {', '.join(GROWABLE_KEYS)}")
-    _check_family(source)
-    values = source.model_dump() | dict(sizes)
-    del values["head_dim"], values["num_key_value_heads"]  # follow from the others
-    if "num_attention_heads" not in sizes and not values["hidden_size"] % source.head_dim:
-        _check_head_dim(source, values["hidden_size"], source.num_attention_heads)
-    target = validated(ModelConfig, values)
-    for key in GROWABLE_KEYS:
-        old, new = getattr(source, key), getattr(target, key)
-        if new < old:
-            raise ConfigError(f"{key}={new} is smaller than the source's {old}; growing never shrinks")
-    for axis in AXES.values():
-        old, new = getattr(source, axis.key), getattr(target, axis.key)
-        if axis.growth is GrowthRule.STREAM and new % old:
-            raise ConfigError(
-                f"{axis.key}={new} is not a multiple of the source's {old}: after a post-LN norm only whole copies of "
-                f"the stream keep the function; nearest that do: {max(1, new // old) * old}, {(new // old + 1) * old}"
-            )
-    _check_head_dim(source, target.hidden_size, target.num_attention_heads)
-    return GrowthPlan(source, target, symmetry)
-
-
-def _check_family(source: ModelConfig) -> None:
-    """Refuse models for which the rules of this module are not the whole truth."""
-    bert = {"architecture": "encoder", "residual": "post_norm", "norm": "layer_norm", "position_embedding": "learned"}
-    wanted = bert | {"lm_transform": True, "num_experts": 0, "gated_mlp": False, "norm_affine": True}
-    wanted |= {"num_key_value_heads": source.num_attention_heads, "qk_norm": False, "initialization": "normal"}
-    for key, value in wanted.items():
-        if getattr(source, key) != value:
-            raise ConfigError(
-                f"a model with {key}={getattr(source, key)} cannot be grown yet; BERT ({key}={value}) can"
-            )
-
-
-def _check_head_dim(source: ModelConfig, hidden_size: int, num_attention_heads: int) -> None:
-    if hidden_size // num_attention_heads != source.head_dim:
-        raise ConfigError(
-            f"hidden_size={hidden_size} with num_attention_heads={num_attention_heads} would change the head size from "
-            f"{source.head_dim} to {hidden_size // num_attention_heads}, which cannot grow; "
-            f"give num_attention_heads={hidden_size // source.head_dim}"
-        )
+    depth = depth_change(source, sizes)
+    return GrowthPlan(source, target_config(source, sizes, depth.config), symmetry, depth)

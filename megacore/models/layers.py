@@ -107,7 +107,10 @@ def _stack(config: ModelConfig, stack: Stack, prefix: str, stream: str, data: tu
         takes = (stream, *memory, *data, *source)
         layers.append(Layer(site, block, takes, (stream, *balance), options=options))
     if config.norms_inputs:
-        layers.append(Layer(f"{prefix}final_norm", Norm, (stream,), (stream,)))
+        # The last stack's norm hands over to the output table, unless a dense layer lies between.
+        last = stream == "y" or config.architecture != "encoder_decoder"
+        tied = last and config.tie_word_embeddings and not config.lm_transform
+        layers.append(Layer(f"{prefix}final_norm", partial(Norm, tied=tied), (stream,), (stream,)))
     return layers
 
 

@@ -7,12 +7,11 @@ from torch import Tensor, nn
 
 from megacore.nn.kit import Kit
 from megacore.nn.mlp import ACTIVATIONS
-from megacore.nn.norm import Norm
+from megacore.nn.norm import Norm, stream_copies
 from megacore.nn.packed import Part, packed
 from megacore.parallel.collectives import copy_to_tensor_parallel, gather_stream
 from megacore.parallel.grid import ParallelGrid
 from megacore.params import index, read, write
-from megacore.specs import Role
 
 
 def own_rows(positions: Tensor, part: Part) -> Tensor:
@@ -41,8 +40,12 @@ class TokenHead(nn.Module):
         if config.lm_transform:
             self.transform_weight = declare(write("transform"), read("hidden"), initial="normal")
             self.transform_bias = declare(write("transform"), initial="zeros")
-            self.norm = Norm(kit, "transform", Role.READ, whole=True)
+            self.norm = Norm(kit, "transform", tied=config.tie_word_embeddings, whole=True)
         self.bias = declare(write("vocab"), initial="zeros") if config.lm_bias else None
+        weighs = config.norm_copies and config.tie_word_embeddings and not config.has_output_gain
+        copies = kit.declare.constant(stream_copies(config)) if weighs else None
+        self.register_buffer("_copies", copies, persistent=False)
+        self._originals = config.norm_copies[0] if weighs else 1
         self._activation = ACTIVATIONS[config.activation]
         self._grid, self._multiplier = kit.grid, config.logit_multiplier
 
@@ -53,6 +56,8 @@ class TokenHead(nn.Module):
         x = _rows(x, label_positions, packed(tokens, sequences, self._grid).inner, self._grid)
         if self.transform_weight is not None and self.norm is not None:
             x = self.norm(self._activation(F.linear(x, self.transform_weight, self.transform_bias)))
+        if isinstance(self._copies, Tensor):  # the copies of a coordinate count once in the products with the table
+            x = x * (self._originals / self._copies.double()).to(x.dtype)
         x = copy_to_tensor_parallel(x if self._multiplier == 1.0 else self._multiplier * x, self._grid)
         # The bias travels on to the table, which may be tied to the embedding's, in another layer.
         return x if self.bias is None else (x, self.bias.clone())

@@ -14,7 +14,9 @@ from megacore.params import index, write
 
 
 class Rotary:
-    """Rotary positions (Su et al. 2021): pair j of a head is turned by position × theta^(-2j/head_dim).
+    """Rotary positions (Su et al. 2021): pair j of a head is turned by position × its frequency.
+
+    The frequencies are theta^(-2j/head_dim), unless the configuration lists them.
 
     Args:
         config: gives theta, the head size and which numbers are pairs.
@@ -24,13 +26,16 @@ class Rotary:
     def __init__(self, config: ModelConfig, compile: bool = False) -> None:
         rotate = rotate_interleaved if config.position_embedding == "rotary_interleaved" else rotate_halves
         self._rotate = maybe_compiled(rotate, compile)
-        self._dim, self._theta = config.head_dim, config.rope_theta
+        self._dim, self._theta, self._frequencies = config.head_dim, config.rope_theta, config.rope_frequencies
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return cosines and sines [tokens, 1, head_dim/2] of positions [tokens]; computed in fp32 at least."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        pair = torch.arange(0, self._dim, 2, device=positions.device).to(wide)
-        angle = positions.to(wide).unsqueeze(-1) / self._theta ** (pair / self._dim)
+        if self._frequencies:
+            angle = positions.to(wide).unsqueeze(-1) * positions.new_tensor(self._frequencies, dtype=wide)
+        else:
+            pair = torch.arange(0, self._dim, 2, device=positions.device).to(wide)
+            angle = positions.to(wide).unsqueeze(-1) / self._theta ** (pair / self._dim)
         return angle.cos().unsqueeze(1), angle.sin().unsqueeze(1)
 
     def turn(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:

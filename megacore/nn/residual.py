@@ -19,6 +19,8 @@ def stream_scale(config: ModelConfig, stack: Stack) -> float:
     """Return DeepNorm's alpha, the factor of the stream (Wang et al. 2022, DeepNet, table 2); 1 for other schemes."""
     if config.residual != "deep_norm":
         return 1.0
+    if stack in config.stream_scales:
+        return config.stream_scales[stack]
     own = config.layers_of(stack)
     if config.architecture != "encoder_decoder":
         return float((2 * own) ** 0.25)
@@ -66,7 +68,8 @@ class Residual(nn.Module):
     def __init__(self, kit: Kit, site: str, stack: Stack) -> None:
         super().__init__()
         config = kit.config
-        self.norm = Norm(kit) if config.residual != "rezero" else None
+        eps = config.norm_eps_of.get(f"{site}_residual.norm")
+        self.norm = Norm(kit, eps=eps) if config.residual != "rezero" else None
         self.gate = kit.declare(write("scalar"), initial="zeros") if config.residual == "rezero" else None
         self._before, self._scale = config.norms_inputs, stream_scale(config, stack)
         self._dropout, self._grid = kit.hidden_dropout(site), kit.grid

@@ -1,195 +1,61 @@
-"""Growth changes the size and nothing else: the function, what Adam does next, and the bytes for any ranks."""
+"""What growth writes: the same bytes for any ranks and layouts, multipliers, copies that come apart."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
 
 from megacore.checkpoint.load import load_model
-from megacore.checkpoint.manifest import Layout, Manifest, Progress, parameter_records
-from megacore.checkpoint.pieces import Piece
 from megacore.checkpoint.reader import CheckpointReader
-from megacore.checkpoint.writer import PieceToWrite, write_checkpoint
 from megacore.communicator import Alone, TorchRanks
 from megacore.config import ParallelConfig
-from megacore.errors import ConfigError
+from megacore.convert.reshard import reshard
+from megacore.growth.apply import exact_part
 from megacore.growth.execute import GrowthOutput, grow_checkpoint
-from megacore.growth.maps import even_map, uneven_map
+from megacore.growth.maps import centred, copied, query_heads, shared, weighted
 from megacore.growth.plan import Symmetry, make_plan
-from megacore.growth.verify import random_batch
-from megacore.model_config import ModelConfig
 from megacore.models.transformer import Transformer
 from megacore.params import declared
-from megacore.specs import Shard
-from tests.models import model_config, plain_loss
+from tests.growth.small import (
+    EVEN,
+    TRAINED_STEPS,
+    adam_of,
+    batch_of,
+    family,
+    grow,
+    relative_errors,
+    save,
+    step,
+    trained_model,
+)
+from tests.models import model_config
 from tests.ranks import run_ranks
 
 DOUBLE = {"hidden_size": 48, "num_attention_heads": 8, "intermediate_size": 80}
-TRIPLE = {"hidden_size": 72, "num_attention_heads": 12, "intermediate_size": 97}
-SIZES = {"x2": DOUBLE, "x3": TRIPLE, "ffn only, 40 to 67": {"intermediate_size": 67}}
-EVEN = Symmetry(noise_scale=0.0, share_scale=0.0)
-TRAINED_STEPS = 12
-
-
-def text_loss(model: Transformer, seed: int) -> torch.Tensor:
-    batch = random_batch(model_config(), samples=8, seed=seed)
-    return plain_loss(model.eval()(batch), batch)
-
-
-def adam(model: Transformer, multipliers: dict[str, tuple[float, float]] | None = None) -> torch.optim.AdamW:
-    """AdamW with a group per parameter, by the rules of growth: lr × a, eps × b, decay lr × wd as it was."""
-    groups = []
-    for name, parameter in declared(model):
-        rate, eps = multipliers[name] if multipliers else (1.0, 1.0)
-        decay = 0.1 / rate if parameter.spec.is_matrix else 0.0
-        groups.append({"params": [parameter], "lr": 3e-3 * rate, "eps": 1e-4 * eps, "weight_decay": decay})
-    return torch.optim.AdamW(groups, betas=(0.9, 0.99))
-
-
-def step(model: Transformer, optimizer: torch.optim.AdamW, seed: int) -> None:
-    optimizer.zero_grad()
-    text_loss(model, seed).backward()
-    optimizer.step()
-
-
-def save(model: Transformer, optimizer: torch.optim.AdamW, config: ModelConfig, path: Path, parts: int) -> None:
-    """Write a checkpoint as ``parts`` tensor-parallel ranks would, in float64."""
-    files = []
-    for rank in range(parts):
-        pieces = []
-        for name, parameter in declared(model):
-            if parameter.spec.sharded_dim is None and rank:
-                continue
-            region = parameter.spec.local_region(Shard(rank, parts))
-            box = tuple(slice(start, stop) for start, stop in region)
-            state = optimizer.state[parameter]
-            for key, values in (("weight", parameter.detach()), *((k, state[k]) for k in ("exp_avg", "exp_avg_sq"))):
-                block = values[box].numpy()
-                pieces.append(PieceToWrite(Piece(name, key, region, None, "float64"), lambda block=block: [block]))
-        files.append((f"rank{rank}.safetensors", pieces))
-    specs = {name: parameter.spec for name, parameter in declared(model)}
-    records = parameter_records(specs, dict.fromkeys(specs, (1.0, 1.0)))
-    progress = Progress(step=TRAINED_STEPS, optimizer_step=TRAINED_STEPS, consumed_samples=96)
-    write_checkpoint(
-        path,
-        Alone(),
-        files,
-        Manifest(
-            model=config,
-            layout=Layout(tensor_parallel_size=parts),
-            progress=progress,
-            parameters=records,
-            files={},
-        ),
-    )
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Transformer, torch.optim.AdamW]:
-    """Train a small model for some steps in float64 and save it at tensor parallel size 2."""
-    from tests.models import whole_model
-
-    config = model_config()
-    model = whole_model(config, dtype=torch.float64)
-    with torch.no_grad():  # gains and biases away from where they start
-        for number, parameter in enumerate(model.parameters()):
-            if parameter.dim() == 1:
-                parameter += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
-    optimizer = adam(model)
-    for number in range(TRAINED_STEPS):
-        step(model, optimizer, number)
+    """Train a small BERT for some steps in float64 and save it at tensor parallel size 2."""
+    model, optimizer = trained_model(model_config())
     path = tmp_path_factory.mktemp("trained") / "small"
-    save(model, optimizer, config, path, parts=2)
+    save(model, optimizer, path, parts=2)
     return path, model, optimizer
 
 
-def grow(source: Path, target: Path, sizes: dict[str, Any], parts: int = 1, **options: Any) -> CheckpointReader:
-    symmetry = options.pop("symmetry", Symmetry())
-    reader = CheckpointReader(source)
-    plan = make_plan(reader.manifest.model, sizes, symmetry)
-    output = GrowthOutput(ParallelConfig(tensor_parallel_size=parts), **options)
-    grow_checkpoint(reader, plan, target, output, Alone())
-    return CheckpointReader(target)
-
-
-def relative_errors(small: Transformer, large: Transformer, dtype: torch.dtype) -> tuple[float, float]:
-    batch = random_batch(model_config(), seed=99)
-    with torch.inference_mode():
-        pairs = zip(small.to(dtype)(batch), large.to(dtype)(batch), strict=True)
-    mlm, nsp = (float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
-    return mlm, nsp
-
-
 @pytest.mark.parametrize("parts", [1, 4])
-@pytest.mark.parametrize("sizes", list(SIZES.values()), ids=list(SIZES))
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_the_grown_model_computes_the_same(
-    trained: Any, tmp_path: Path, sizes: dict[str, int], parts: int, dtype: torch.dtype, tolerance: float
-) -> None:
-    if sizes.get("intermediate_size", 0) % parts:
-        sizes = {**sizes, "intermediate_size": sizes["intermediate_size"] // parts * parts + parts}
+def test_the_function_is_kept_in_float32_and_at_any_layout(trained: Any, tmp_path: Path, parts: int) -> None:
     source, model, _ = trained
-    stored = str(dtype).removeprefix("torch.")
-    large = load_model(grow(source, tmp_path / "large", sizes, parts, dtype=stored), dtype)
-    assert {parameter.dtype for _, parameter in declared(large)} == {dtype}
-    assert max(relative_errors(copy.deepcopy(model), large, dtype)) <= tolerance
-
-
-def test_growing_twice_computes_the_same(trained: Any, tmp_path: Path) -> None:
-    source, model, _ = trained
-    grow(source, tmp_path / "once", DOUBLE, 2)
-    sizes = {"hidden_size": 96, "num_attention_heads": 16, "intermediate_size": 100}
-    large = load_model(grow(tmp_path / "once", tmp_path / "twice", sizes), torch.float64)
-    assert max(relative_errors(copy.deepcopy(model), large, torch.float64)) <= 1e-12
-
-
-def adam_of(reader: CheckpointReader) -> tuple[Transformer, torch.optim.AdamW]:
-    """Make the model of a checkpoint and go on with its optimizer state."""
-    model = load_model(reader, torch.float64)
-    records = reader.manifest.parameters
-    optimizer = adam(model, {name: (r.learning_rate_multiplier, r.adam_eps_multiplier) for name, r in records.items()})
-    for name, parameter in declared(model):
-        moments = {key: torch.from_numpy(reader.read(name, key)) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.tensor(float(reader.manifest.progress.optimizer_step)), **moments}
-    return model, optimizer
-
-
-@pytest.mark.parametrize("sizes", [DOUBLE, {**TRIPLE, "intermediate_size": 120}], ids=["x2", "x3"])
-def test_adam_goes_on_in_lock_step_with_the_small_model(trained: Any, tmp_path: Path, sizes: dict[str, int]) -> None:
-    source, _, _ = trained
-    small, small_adam = adam_of(CheckpointReader(source))
-    large, large_adam = adam_of(grow(source, tmp_path / "large", sizes, symmetry=EVEN))
-    before = text_loss(small, 50).item()
-    for number in range(5):
-        for which in ((small, small_adam), (large, large_adam)):
-            step(*which, 20 + number)
-    assert abs(text_loss(small, 50).item() - before) > 1e-3  # five steps change the function
-    assert max(relative_errors(small, large, torch.float64)) <= 1e-10
-
-
-def test_gradients_of_the_grown_model_are_the_mapped_gradients(trained: Any, tmp_path: Path) -> None:
-    """The moments' rule, checked by autograd: written axes × share, read axes unchanged (uneven shares too)."""
-    source, model, _ = trained
-    plan = make_plan(model_config(), DOUBLE, Symmetry(noise_scale=0.0, share_scale=0.2))
-    large = load_model(grow(source, tmp_path / "large", DOUBLE, symmetry=plan.symmetry), torch.float64)
-    for which in (model, large):
-        which.zero_grad()
-        text_loss(which, 7).backward()
-    small_gradients = {name: parameter.grad.numpy() for name, parameter in declared(model)}
-    for name, parameter in declared(large):
-        expected = small_gradients[name]
-        for dim, axis_map in enumerate(plan.maps(name)):
-            expected = np.take(expected, axis_map.source, axis=dim)
-            if plan.specs[name].dims[dim].role.value == "write":
-                expected = expected * axis_map.share.reshape([-1 if d == dim else 1 for d in range(expected.ndim)])
-        scale = np.abs(expected).max() + 1e-9  # key biases have no gradient: softmax does not see them
-        assert np.abs(parameter.grad.numpy() - expected).max() <= 1e-11 * scale + 1e-15, name
+    large = load_model(grow(source, tmp_path / "large", DOUBLE, parts, dtype="float32"), torch.float32)
+    small = load_model(CheckpointReader(source), torch.float32)
+    assert {parameter.dtype for _, parameter in declared(large)} == {torch.float32}
+    assert max(relative_errors(small, large, batch_of(model.config, 99))) <= 1e-5
 
 
 def test_the_copies_separate_within_a_few_adam_steps(trained: Any, tmp_path: Path) -> None:
@@ -199,7 +65,7 @@ def test_the_copies_separate_within_a_few_adam_steps(trained: Any, tmp_path: Pat
         name = f"{symmetry.noise_scale}-{symmetry.share_scale}-{steps}"
         large, optimizer = adam_of(grow(source, tmp_path / name, DOUBLE, symmetry=symmetry))
         for number in range(steps):
-            step(large, optimizer, 30 + number)
+            step(large, optimizer, batch_of(large.config, 30 + number))
         named = {name: parameter.detach() for name, parameter in declared(large)}
         stream = named["embeddings.word"]  # its columns are the coordinates of the stream
         up, down = named["layers.0.mlp.up_weight"], named["layers.0.mlp.down_weight"]
@@ -242,7 +108,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_ranks(trained: Any, tmp_path: 
 
 def test_the_bytes_do_not_depend_on_the_sources_layout(trained: Any, tmp_path: Path) -> None:
     source, model, optimizer = trained
-    save(model, optimizer, model_config(), tmp_path / "whole", parts=1)
+    save(model, optimizer, tmp_path / "whole", parts=1)
     first, second = (grow(path, tmp_path / f"from-{path.name}", DOUBLE, 2) for path in (source, tmp_path / "whole"))
     assert first.manifest.files == second.manifest.files
 
@@ -269,31 +135,92 @@ def test_reset_leaves_the_optimizer_out(trained: Any, tmp_path: Path) -> None:
     assert (manifest.progress.step, manifest.progress.optimizer_step) == (TRAINED_STEPS, 0)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "parts"),
-    [
-        ({"hidden_size": 36, "num_attention_heads": 6}, ["hidden_size=36", "multiple", "24, 48"]),
-        ({"hidden_size": 48}, ["head size", "num_attention_heads=8"]),
-        ({"hidden_size": 12, "num_attention_heads": 2}, ["hidden_size=12", "smaller"]),
-        ({"num_hidden_layers": 4}, ["num_hidden_layers", "hidden_size"]),
-        ({"hiden_size": 48}, ["hiden_size", "hidden_size"]),
-        ({"intermediate_size": "big"}, ["intermediate_size", "big"]),
-    ],
-)
-def test_growth_that_would_change_the_function_is_refused(sizes: dict[str, Any], parts: list[str]) -> None:
-    with pytest.raises(ConfigError) as error:
-        make_plan(model_config(), sizes, Symmetry())
-    for part in parts:
-        assert part in str(error.value)
-
-
 def test_shares_of_the_copies_sum_to_one_and_differ() -> None:
     for old, new in ((4, 8), (3, 5), (40, 67), (5, 5)):
-        axis_map = uneven_map(old, new, 0.2, 0, "layer", "axis")
-        assert np.bincount(axis_map.source, weights=axis_map.share) == pytest.approx(np.ones(old), abs=1e-15)
+        axis_map = shared(old, copied(old, new), 0.2, 0, "layer", "axis")
+        assert np.bincount(axis_map.source, weights=axis_map.read) == pytest.approx(np.ones(old), abs=1e-15)
         assert (np.diff(axis_map.source) >= 0).all() and set(axis_map.source) == set(range(old))
         counts = np.bincount(axis_map.source)
         assert counts.max() - counts.min() <= 1
-        assert (axis_map.share[counts[axis_map.source] == 1] == 1).all()
-    assert not np.allclose(uneven_map(4, 8, 0.2, 0, "a").share, uneven_map(4, 8, 0.2, 0, "b").share)
-    assert np.array_equal(even_map(2, 6).share, np.full(6, 1 / 3))
+        assert (axis_map.read[counts[axis_map.source] == 1] == 1).all()
+    assert not np.allclose(shared(4, copied(4, 8), 0.2, 0, "a").read, shared(4, copied(4, 8), 0.2, 0, "b").read)
+    assert np.array_equal(shared(2, copied(2, 6)).read, np.full(6, 1 / 3))
+
+
+@pytest.mark.parametrize("new", [25, 26, 27, 31, 36, 47, 49, 60, 71, 73])
+def test_weights_of_a_widened_stream_keep_mean_and_mean_square(new: int) -> None:
+    """The conditions under which layer norms and RMS norms commute with copying."""
+    for axis_map in (centred(24, new), weighted(24, copied(24, new), new / 24)):
+        assert len(axis_map.source) == new and set(axis_map.source) == set(range(24))
+        squares = np.bincount(axis_map.source, weights=axis_map.write**2)
+        assert squares == pytest.approx(np.full(24, new / 24), rel=1e-12)
+        assert np.bincount(axis_map.source, weights=axis_map.write * axis_map.read) == pytest.approx(np.ones(24))
+    sums = np.bincount(centred(24, new).source, weights=centred(24, new).write)
+    assert sums == pytest.approx(np.full(24, sums[0]), rel=1e-12)
+    assert (centred(24, new).write == 0).sum() <= (new == 25)  # no coordinate is wasted but for a single extra one
+
+
+def test_query_heads_read_copies_of_the_key_heads_that_their_sources_read() -> None:
+    for old, new in (((4, 2), (8, 4)), ((8, 2), (8, 8)), ((4, 2), (6, 3)), ((6, 3), (24, 6)), ((4, 4), (6, 6))):
+        source = query_heads(old, new)
+        assert source is not None and set(source) == set(range(old[0]))
+        keys = copied(old[1], new[1])
+        for head, origin in enumerate(source):
+            assert keys[head * new[1] // new[0]] == origin * old[1] // old[0]
+
+
+def bfloat16(values: Any) -> Any:
+    return np.asarray(values, ml_dtypes.bfloat16).astype(np.float64)
+
+
+def test_parts_of_bfloat16_weights_are_bfloat16_and_sum_up_exactly() -> None:
+    rng = np.random.default_rng(0)
+    for new in (8, 11, 17):
+        axis_map = shared(4, copied(4, new), 0.2, 0, "axis")
+        values = bfloat16(rng.standard_normal((100, 4)) * 10.0 ** rng.integers(-30, 30, (100, 1)))
+        parts = exact_part(values[:, axis_map.source], *axis_map.shares)
+        assert np.array_equal(parts, bfloat16(parts))
+        for entry in range(4):
+            assert np.array_equal(parts[:, axis_map.source == entry].sum(axis=1), values[:, entry])
+        assert np.abs(parts - values[:, axis_map.source] * axis_map.read).max() <= np.abs(values).max() / 128
+
+
+def test_doubled_bfloat16_models_give_the_same_bits(tmp_path: Path) -> None:
+    """Halves are exact, and sums of equal pairs round as the single sums do."""
+    for name in ("bert", "llama"):
+        model, optimizer = trained_model(family(name))
+        save(model, optimizer, tmp_path / name, parts=1)
+        reshard(
+            CheckpointReader(tmp_path / name), tmp_path / f"{name} bf16", ParallelConfig(), Alone(), True, "bfloat16"
+        )
+        sizes = {
+            "hidden_size": 48,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2 * model.config.num_key_value_heads,
+        }
+        grown = grow(
+            tmp_path / f"{name} bf16", tmp_path / f"{name} grown", {**sizes, "intermediate_size": 80}, symmetry=EVEN
+        )
+        small = load_model(CheckpointReader(tmp_path / f"{name} bf16"), torch.bfloat16)
+        large = load_model(grown, torch.bfloat16)
+        assert grown.dtype("layers.0.mlp.up_weight", "weight") == "bfloat16"
+        assert relative_errors(small, large, batch_of(small.config, 3))[0] == 0.0
+
+
+def test_uneven_shares_of_bfloat16_weights_sum_up_in_the_file(tmp_path: Path) -> None:
+    model, optimizer = trained_model(family("llama"))
+    save(model, optimizer, tmp_path / "small", parts=1)
+    reshard(CheckpointReader(tmp_path / "small"), tmp_path / "bf16", ParallelConfig(), Alone(), True, "bfloat16")
+    sizes = {"intermediate_size": 67, "num_attention_heads": 8}
+    before = CheckpointReader(tmp_path / "bf16")
+    after = grow(tmp_path / "bf16", tmp_path / "large", sizes, symmetry=Symmetry(noise_scale=0.0, share_scale=0.2))
+    plan = make_plan(before.manifest.model, sizes, Symmetry())
+    for name, dim in (("mlp.down_weight", 1), ("attention.output_weight", 1)):
+        small, large = (r.read(f"layers.1.{name}", "weight").astype(np.float64) for r in (before, after))
+        summed = np.zeros_like(small)
+        np.add.at(np.moveaxis(summed, dim, 0), plan.maps(f"layers.1.{name}")[dim].source, np.moveaxis(large, dim, 0))
+        assert np.array_equal(summed, small)
+    errors = relative_errors(
+        load_model(before, torch.float64), load_model(after, torch.float64), batch_of(model.config, 3)
+    )
+    assert max(errors) <= 1e-12  # the weights are rounded, their sums are not
