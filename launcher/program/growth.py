@@ -8,12 +8,14 @@ from typing import Any
 
 import typer
 
-from launcher.checkpoint_commands import grow
-from megacore.axes import GROWABLE_KEYS
 from megacore.config import ParallelConfig
 from megacore.errors import ConfigError
+from megacore.growth.target import GROWABLE_KEYS
 from megacore.model_config import ModelConfig
 from megacore.settings import unknown_key
+
+_NOT_IN_A_STAGE = ("dry_run", "to")
+"""Options that would leave a stage undone, or its sizes unsaid."""
 
 
 def growth_sizes(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -29,6 +31,7 @@ def growth_words(section: Mapping[str, Any]) -> tuple[str, ...]:
     """
     command = _command()
     options = {_key(parameter): parameter for parameter in command.params if parameter.param_type_name == "option"}
+    options = {key: option for key, option in options.items() if key not in _NOT_IN_A_STAGE}
     words = [f"{key}={json.dumps(value, default=str)}" for key, value in growth_sizes(section).items()]
     for key, value in section.items():
         if _is_size(key):
@@ -55,9 +58,9 @@ def _is_size(key: str) -> bool:
 
 def _command() -> Any:
     """Return the command's parser."""
-    app = typer.Typer(add_completion=False)
-    app.command()(grow)
-    return typer.main.get_command(app)
+    from launcher.cli import app  # it imports this package
+
+    return typer.main.get_command(app).commands["grow"]  # type: ignore[attr-defined]
 
 
 def _key(option: Any) -> str:

@@ -287,7 +287,7 @@ def change_stage(number: int, stage: object) -> Callable[[dict[str, Any]], objec
         (change_stage(3, {"train": {"tensor_parallel_size": 2}}), ("stage 3 (train)", "tensor_parallel_size=2")),
         (change_stage(3, {"train": {}, "processes": 8}), ("stage 3 (train)", "global_batch_size=8")),
         (change_stage(2, {"grow": {"hiden_size": 48}}), ("stage 2 (grow)", "'hiden_size'", "hidden_size")),
-        (change_stage(2, {"grow": {"hidden_size": 36}}), ("stage 2 (grow)", "hidden_size=36")),
+        (change_stage(2, {"grow": {"intermediate_size": 39}}), ("stage 2 (grow)", "intermediate_size=39")),
         (change_stage(2, {"grow": {**GROWTH, "seeed": 1}}), ("stage 2 (grow)", "'seeed'", "seed")),
         (change_stage(2, {"grow": {**GROWTH, "seed": "x"}}), ("stage 2 (grow)", "--seed", "integer")),
         (change_stage(2, {"grow": {**GROWTH, "tensor_parallel_size": 3}}), ("stage 2 (grow)", "num_attention_heads=8")),
