@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -20,8 +19,7 @@ from launcher.program.command import program
 from launcher.program.config import read_program
 from launcher.program.growth import growth_sizes
 from launcher.program.records import count_finished, write_record
-from launcher.program.slurm import Submission, stage_script
-from launcher.program.stages import Stage, TrainStage, plan_stages
+from launcher.program.stages import TrainStage
 from launcher.start import megacore_command
 from megacore.checkpoint.reader import CheckpointReader
 from megacore.config import RunConfig
@@ -29,51 +27,15 @@ from megacore.errors import ConfigError, DataError, MegacoreError
 from megacore.settings import validated
 from megacore.training.batches import open_data
 from megacore.training.runs import checkpoint_path, checkpoints
-from tests.models import MODEL, run_config, write_instances
+from tests.launcher.programs import ENVIRONMENT, GROWTH, assert_one_error, call, edited, planned, program_file
+from tests.models import run_config, write_instances
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-GROWTH = {"hidden_size": 48, "num_attention_heads": 8, "intermediate_size": 81, "seed": 3}
 RECIPES = Path(__file__).parents[2] / "recipes" / "demo"
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_instances(tmp_path_factory.mktemp("data") / "instances")
-
-
-def program_file(folder: Path, data: Path, change: Callable[[dict[str, Any]], object] = lambda values: None) -> Path:
-    """Write a programme: 4 steps, growth, 3 steps at another learning rate."""
-    run = run_config(folder, data, eval_interval=0, save_interval=2).model_dump(mode="json")
-    del run["training"]["output_dir"], run["training"]["initial_checkpoint"]
-    values: dict[str, Any] = {
-        "output_dir": str(folder / "out"),
-        "run": {**run, "model": dict(MODEL)},
-        "stages": [
-            {"train": {"train_steps": 4}},
-            {"grow": dict(GROWTH)},
-            {"train": {"train_steps": 3, "learning_rate": 2e-3}},
-        ],
-    }
-    change(values)
-    path = folder / "program.yaml"
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
-    return path
-
-
-def planned(path: Path) -> list[Stage]:
-    return plan_stages(read_program(path), str(path))
-
-
-def call(*words: str | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    command = megacore_command(*words)
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
-
-
-def assert_one_error(result: subprocess.CompletedProcess[str], *parts: str) -> None:
-    lines = [line for line in (result.stdout + result.stderr).splitlines() if line.startswith("error:")]
-    assert result.returncode == 2 and len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
-    for part in parts:
-        assert part in lines[0]
 
 
 def refused(path: Path, *parts: str) -> None:
@@ -98,13 +60,6 @@ def copied(finished: Path, folder: Path) -> Path:
     values = yaml.safe_load(finished.read_text())
     values["output_dir"] = str(folder / "out")
     path = folder / "program.yaml"
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
-    return path
-
-
-def edited(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
-    values = yaml.safe_load(path.read_text())
-    change(values)
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     return path
 
@@ -350,68 +305,6 @@ def test_missing_data_is_named(tmp_path: Path, data: Path) -> None:
     path = program_file(tmp_path, data, lambda values: values["run"]["data"].update(train_data="nowhere"))
     with pytest.raises(DataError, match=r"stage 1 \(train\): .*nowhere"):
         planned(path)
-
-
-def directives(script: str) -> list[str]:
-    return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")]
-
-
-def test_scripts_have_the_stage_and_every_option(tmp_path: Path, data: Path) -> None:
-    def options(values: dict[str, Any]) -> None:
-        values["sbatch"] = ["--partition=long"]
-        values["stages"][1].update(sbatch=["--mem=5G"], processes=2)
-
-    path = program_file(tmp_path, data, options)
-    stages = planned(path)
-    script = stage_script(stages[1], Submission(path, 1, ["--time", "1:00:00", "-p", "my part"]))
-    lines = directives(script)
-    assert lines[-4:] == ["--partition=long", "--mem=5G", "--time 1:00:00", "-p 'my part'"]
-    assert {"--nodes=1", "--ntasks-per-node=2", "--job-name=program-02-grow"} <= set(lines)
-    assert f"--output={tmp_path}/out/02-grow.log" in lines
-    assert script.rstrip().splitlines()[-1].endswith(f"-m launcher program {path} --stage 2 --processes 1")
-    assert "--processes" not in stage_script(stages[0], Submission(path))
-    with pytest.raises(ConfigError, match="'stray' is no option"):
-        stage_script(stages[0], Submission(path, None, ["--exclusive", "--mem=1G", "stray"]))
-
-
-def test_options_of_sbatch_need_slurm(tmp_path: Path, data: Path) -> None:
-    path = program_file(tmp_path, data)
-    assert_one_error(call("program", path, "--partition=gpu"), "'--partition=gpu'", "--slurm")
-    with pytest.raises(ConfigError, match="--stage and --slurm"):
-        program(path, [], dry_run=False, slurm=True, stage=1, processes=None)
-
-
-def test_a_job_of_several_nodes_is_refused(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from launcher.program.run import run_stages
-
-    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
-    with pytest.raises(ConfigError, match="2 nodes"):
-        run_stages(planned(program_file(tmp_path, data)))
-
-
-@pytest.mark.skipif(
-    shutil.which("sbatch") is None or "SLURM_CONF" not in os.environ,
-    reason="SLURM_CONF names no Slurm cluster whose nodes share the temporary directory",
-)
-def test_a_chain_of_jobs_ends_where_a_local_programme_ends(finished: Path, tmp_path: Path, data: Path) -> None:
-    path = program_file(tmp_path, data)
-    submitted = call("program", path, "--slurm", "--time=5:00")
-    assert submitted.returncode == 0, submitted.stderr
-    jobs = ",".join(line.rpartition(" ")[2] for line in submitted.stdout.splitlines()[:3])
-    deadline = time.monotonic() + 240
-    while queued(jobs) and time.monotonic() < deadline:
-        time.sleep(1)
-    subprocess.run(["scancel", *jobs.split(",")], timeout=30)
-    end = checkpoint_path(tmp_path / "out" / "03-train", 7)
-    assert end.exists(), "".join(log.read_text() for log in (tmp_path / "out").glob("*.log"))
-    local = checkpoint_path(finished.parent / "out" / "03-train", 7)
-    assert CheckpointReader(end).manifest.files == CheckpointReader(local).manifest.files
-    again = call("program", path, "--slurm")
-    assert again.returncode == 0 and "all stages are finished" in again.stdout
-
-
-def queued(jobs: str) -> str:
-    return subprocess.run(["squeue", "-h", "-j", jobs], capture_output=True, text=True, timeout=30).stdout
 
 
 def test_records_are_sealed(finished: Path) -> None:
