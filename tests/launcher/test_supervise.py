@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,7 @@ import pytest
 from launcher import supervise as module
 from launcher.supervise import Stopped, supervise
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 pytestmark = pytest.mark.timeout(method="thread")  # the job's own limit is an alarm
 
 
@@ -33,6 +35,15 @@ def send_when_started(pid_file: Path, number: signal.Signals) -> None:
     os.kill(os.getpid(), number)
 
 
+@pytest.fixture(autouse=True)
+def _default_handlers() -> Iterator[None]:
+    """A shell's background jobs ignore SIGINT, and what is ignored is not passed on."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def shell(script: str) -> list[str]:
     return ["bash", "-c", script]
 
@@ -41,7 +52,7 @@ def test_the_exit_code_is_the_commands() -> None:
     assert supervise(shell("exit 3"), os.environ) == 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_reaches_every_process(tmp_path: Path, number: signal.Signals) -> None:
     child = tmp_path / "child"
     threading.Thread(target=send_when_started, args=(child, number)).start()
@@ -51,6 +62,13 @@ def test_a_signal_reaches_every_process(tmp_path: Path, number: signal.Signals) 
     assert caught.value.signal == number
     assert not is_alive(child)
     assert signal.getsignal(number) == before
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
+    child = tmp_path / "child"
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    threading.Thread(target=send_when_started, args=(child, signal.SIGHUP)).start()
+    assert supervise(shell(f"touch {child}; sleep 1"), os.environ) == 0
 
 
 def test_what_ignores_a_signal_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
