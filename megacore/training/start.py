@@ -134,10 +134,7 @@ class Start:
             return
         with together(self._group):
             reader.specs()
-            for key, saved in reader.manifest.model.model_dump().items():
-                wanted = getattr(self._config.model, key)
-                if saved != wanted and "dropout" not in key:
-                    raise ConfigError(f"{reader.path} has {key}={saved}, but the configuration says {wanted}")
+            reader.check_model(self._config.model)
             for key, wanted in self._training_data.items() if self.resumed else ():
                 saved = reader.manifest.training_data.get(key)
                 if saved != wanted:
