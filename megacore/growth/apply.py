@@ -117,8 +117,7 @@ class _Box:
         size = self._noise_size(grown)
         positions = [p for p in range(len(self._region)) if self._rule.dims[p] is not None]
         for axis, position in reversed(list(enumerate(positions))):
-            if not _is_range(index[axis], grown.shape[axis]):
-                grown = np.take(grown, index[axis], axis=axis)
+            grown = _taken(grown, index[axis], axis)
             grown = self._multiplied(grown, axis, len(positions), position)
             if size is not None and position != positions[-1]:
                 size = self._multiplied(np.take(size, index[axis], axis=axis), axis, len(positions), position)
@@ -189,11 +188,7 @@ class _Box:
         rows = global_index(self._spec.shape[:-1], self._region[:-1]).reshape(-1)
         key = stream_key(self._plan.symmetry.seed, "noise", self._parameter)
         z = uniform_rows(key, rows, shape[-1]).reshape(shape).astype(dtype, copy=False)
-        write = stream.write.astype(dtype)
-        if bool((stream.write == 1).all()):
-            z -= stream.over_group(z) * (1.0 / stream.over_group(np.ones(stream.size))).astype(dtype)
-        else:
-            z -= write * (stream.over_group(z * write) / stream.over_group(write**2))
+        z = stream.unseen(z)
         z *= size
         return z
 
@@ -233,8 +228,18 @@ class _Box:
         return mean
 
 
-def _is_range(index: NDArray[np.int64], size: int) -> bool:
-    return len(index) == size and bool((index == np.arange(size)).all())
+def _taken(values: Values, index: NDArray[np.int64], axis: int) -> Values:
+    """Gather along a dim; whole rows are fast to copy, neighbours within them are put down one after the other."""
+    size = values.shape[axis]
+    copies = len(index) // size
+    if axis < values.ndim - 1 or not np.array_equal(index, np.arange(size * copies) // max(1, copies)):
+        return np.take(values, index, axis=axis)
+    if copies == 1:
+        return values
+    result = np.empty((*values.shape, copies), values.dtype)
+    for copy in range(copies):
+        result[..., copy] = values
+    return result.reshape(*values.shape[:-1], len(index))
 
 
 def _times(values: Values, factors: Values) -> Values:

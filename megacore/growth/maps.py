@@ -85,6 +85,25 @@ class AxisMap:
         taken = np.take(sums, self.source.clip(0), axis=-1)
         return np.where(self.fresh, values, taken) if self.fresh.any() else taken
 
+    def unseen(self, values: NDArray[F]) -> NDArray[F]:
+        """Take from values what a reader of the copies sees of them, [..., new]: the rest sums to zero for it."""
+        write = self.write.astype(values.dtype)
+        if self.copies is None:
+            seen: NDArray[F] = write * (self.over_group(values * write) / self.over_group(write**2))
+            return values - seen
+        rest = np.empty_like(values)
+        mean = sum(values[..., copy :: self.copies] for copy in range(self.copies)) / self.copies
+        for copy in range(self.copies):
+            np.subtract(values[..., copy :: self.copies], mean, out=rest[..., copy :: self.copies])
+        return rest
+
+    @cached_property
+    def copies(self) -> int | None:
+        """Number of copies of every entry, if it is the same, they are neighbours and none is scaled."""
+        copies, rest = divmod(self.size, self.old)
+        plain = not rest and np.array_equal(self.source, np.arange(self.size) // copies) and (self.write == 1).all()
+        return copies if plain else None
+
     @cached_property
     def _members(self) -> list[tuple[NDArray[np.int64], NDArray[np.bool_]]]:
         """The first copy of every entry, the second one, and so on: [old] places, and whether there is such a one."""
