@@ -134,8 +134,13 @@ def opened_source(path: Path) -> GrowthSource:
     from megacore.checkpoint.manifest import MANIFEST
     from megacore.checkpoint.reader import CheckpointReader
 
-    if (path / MANIFEST).is_file() or not (path / "config.json").is_file():
+    if (path / MANIFEST).is_file() or not path.is_dir():
         return CheckpointReader(path)
+    if not (path / "config.json").is_file():
+        raise ConfigError(
+            f"{path}: neither a checkpoint ({MANIFEST}) nor a Hugging Face directory (config.json); "
+            "other programs' checkpoints go through megacore convert first"
+        )
     from megacore.convert.huggingface import HuggingFaceSource
     from megacore.growth.source import ForeignSource
 
