@@ -14,8 +14,8 @@ from megacore.growth.plan import GrowthPlan
 from megacore.growth.source import GrowthSource
 from megacore.specs import region_shape
 
-RATE = 100e6
-"""Bytes that a rank writes in a second: what one core computes, where the disk is not slower."""
+RATE = 200e6
+"""Bytes that a rank writes in a second: what one core computes of fp32 weights with noise, if the disk is as fast."""
 _PROCESS_BYTES = 350 << 20
 """Of a process before it computes, with the buffers of the file that it writes."""
 _TEMPORARIES = 8

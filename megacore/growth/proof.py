@@ -19,7 +19,7 @@ from megacore.publish import os_errors, replace_file
 from megacore.specs import ParamSpec
 
 _MAX_PARAMETERS = 250_000_000
-"""Of both models together: the comparison takes some tens of seconds at most on one core."""
+"""Of both models together: the comparison takes less than ten seconds on one core."""
 _MEMORY_SHARE = 0.5
 """Of what is available: others may need some, too."""
 
