@@ -22,21 +22,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from measure import flush, peak_of, said_by, seconds_of, zeros_by_two
+from random_checkpoint import described, write_random
 
 from launcher.start import megacore_command, mpi_command
 from megacore.checkpoint.files import plan_files
@@ -46,12 +45,8 @@ from megacore.checkpoint.manifest import (
     WEIGHT,
     FileRecord,
     Layout,
-    Manifest,
-    Progress,
-    parameter_records,
 )
 from megacore.checkpoint.reader import CheckpointReader
-from megacore.checkpoint.writer import write_checkpoint
 from megacore.communicator import Alone
 from megacore.model_config import ModelConfig
 from megacore.models.transformer import declarations
@@ -64,73 +59,10 @@ TARGET_PARTS = 4
 FILES, LAYERS = 10_000, 1000
 
 
-def described(model: ModelConfig, layout: Layout = SOURCE) -> Manifest:
-    """Return the manifest of a model without its files."""
-    specs = declarations(model)
-    records = parameter_records(specs, dict.fromkeys(specs, (1.0, 1.0)))
-    return Manifest(model=model, layout=layout, progress=Progress(), parameters=records, files={})
-
-
-def write_random(path: Path, model: ModelConfig) -> None:
-    """Write a checkpoint of random bf16 weights in files for TP 2 × PP 2."""
-    noise = np.random.default_rng(0).standard_normal(1 << 22, np.float32)
-
-    def box(name: str, state: str, region: Region) -> np.ndarray[Any, Any]:
-        return np.resize(noise, region_shape(region))
-
-    files = plan_files(declarations(model), (WEIGHT,), SOURCE, lambda name, state: "bfloat16", box)
-    write_checkpoint(path, Alone(), files, described(model))
-
-
-def flush(folder: Path) -> None:
-    """Flush a directory's files to the disk."""
-    for file in folder.iterdir():
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
 def copied(source: Path, target: Path) -> None:
     """Copy as ``cp -r`` does, and flush."""
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)
     flush(target)
-
-
-def zeros_by_two(target: Path, size: int) -> None:
-    """Let two ``dd`` write ``size`` bytes past the page cache, as fast as the disk takes them."""
-    target.mkdir()
-    options = ["if=/dev/zero", "bs=16M", "oflag=direct", f"count={size // 2 // (16 << 20)}", "status=none"]
-    running = [subprocess.Popen(["dd", f"of={target / name}", *options]) for name in "ab"]
-    assert not any([process.wait() for process in running])
-    flush(target)
-
-
-def seconds_of(run: Callable[[], Any]) -> tuple[float, Any]:
-    """Return how long a call takes, and what it returns."""
-    os.sync()
-    began = time.perf_counter()
-    result = run()
-    return time.perf_counter() - began, result
-
-
-MEASURED = """
-import resource, subprocess, sys
-done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, text=True)
-print(done.stdout, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-sys.exit(done.returncode)
-"""
-"""Runs a command from a small process: a child's peak begins with what its parent held when it was started."""
-
-
-def peak_of(words: list[str]) -> int:
-    """Run a command; return its peak resident memory in bytes."""
-    return 1024 * int(said_by([sys.executable, "-c", MEASURED, *words]).split()[-1])
-
-
-def said_by(words: list[str]) -> str:
-    """Run a command of one thread for each process; return what it says."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
 
 
 def resharding(folder: Path, model: ModelConfig, rounds: int) -> dict[str, float]:
@@ -140,9 +72,9 @@ def resharding(folder: Path, model: ModelConfig, rounds: int) -> dict[str, float
     that it must get anew: so each run finds what a run of its own kind has left.
     """
     source, target = folder / "source", folder / "target"
-    write_random(source, model)
+    write_random(source, model, SOURCE)
     words = ("convert", source, target, f"tensor_parallel_size={TARGET_PARTS}")
-    size = described(model).num_parameters * 2
+    size = described(model, SOURCE).num_parameters * 2
     peak = peak_of(megacore_command(*words))
     shutil.rmtree(target)
     runs = {

@@ -64,6 +64,12 @@ class InstanceDataset:
     def __len__(self) -> int:
         return int(self._first[-1])
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all instances, targets included: what one epoch counts."""
+        flat = ("input_ids", "target_ids")
+        return sum(len(shard[name]) for shard in self._shards for name in flat if name in shard)
+
     def __getitem__(self, number: int) -> Instance:
         shard_number = int(np.searchsorted(self._first, number, side="right")) - 1
         shard, local = self._shards[shard_number], number - int(self._first[shard_number])

@@ -16,6 +16,7 @@ from launcher.data_commands import data_app
 from launcher.dry_run import show_dry_run
 from launcher.grow_command import grow
 from launcher.inspect_command import inspect
+from launcher.program.command import program
 from megacore.errors import MegacoreError
 
 app = typer.Typer(
@@ -30,6 +31,8 @@ app.command(no_args_is_help=True)(convert)
 app.command(no_args_is_help=True)(verify)
 app.command(no_args_is_help=True)(inspect)
 app.command(no_args_is_help=True)(diff)
+# What it does not know is sbatch's.
+app.command(no_args_is_help=True, context_settings={"ignore_unknown_options": True})(program)
 
 
 @app.command(no_args_is_help=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,8 +31,8 @@ if TYPE_CHECKING:
 _SYMMETRIES = {"noise": ("--noise-scale", "--share-scale"), "uneven": ("--share-scale",), "none": ()}
 """Ways to make copies differ -> the options that each has."""
 _SCALE, _MAX_SHARE_SCALE = 0.2, 0.39
-_WIDTH = 180
-"""Columns where there is no terminal."""
+_WIDTH = 160
+"""Columns of a plan, at least: names of parameters are long."""
 
 
 def grow(
@@ -53,9 +52,9 @@ def grow(
     symmetry: str = typer.Option(
         "noise", help="How copies differ: noise (kernel noise and uneven shares), uneven (shares only), none (even)."
     ),
-    noise_scale: float = typer.Option(None, min=0, help="Of the noise, relative to the weights.  [default: 0.2]"),
+    noise_scale: float = typer.Option(None, min=0, help="Of the noise, relative to the weights; 0.2 by default."),
     share_scale: float = typer.Option(
-        None, min=0, max=_MAX_SHARE_SCALE, help="Relative spread of the shares.  [default: 0.2]"
+        None, min=0, max=_MAX_SHARE_SCALE, help="Relative spread of the shares; 0.2 by default."
     ),
     seed: int = typer.Option(0, min=0, help="Of noise, shares and new values."),
     dtype: str = typer.Option(None, help="fp32, bf16 (the weights only) or fp64; the source's by default."),
@@ -211,7 +210,7 @@ def _show(job: _Job, proves: bool, ranks: int) -> None:
     from megacore.growth.estimate import RATE
     from megacore.growth.execute import dtypes_of, written_states
 
-    console = Console(highlight=False, width=None if Console().is_terminal else _WIDTH)
+    console = Console(highlight=False, width=max(Console().width, _WIDTH))
     moments = len(written_states(job.source, job.output)) > 1
     console.print(growth_table(job.plan, dtypes_of(job.source, job.plan, job.output), moments))
     before, after = job.parameters
@@ -248,8 +247,6 @@ def _summarise(job: _Job, target: Path, ranks: int, seconds: float, obstacle: st
     else:
         why = obstacle or "--verify never"
         typer.echo(f"not compared with the source: {why}; do so with megacore verify {target} --against SOURCE")
-    if keys := _keys_to_train_with(job.plan):
-        typer.echo(f"to train it, its configuration needs {', '.join(keys)}")
     read, written = _size(job.estimate.bytes_read), _size(job.estimate.bytes_written)
     typer.echo(f"{read} read, {written} written by {ranks} ranks in {seconds:.1f} s")
 
@@ -261,16 +258,6 @@ def figures_line(result: Comparison) -> str:
     only = f" ({old:.6f} if only the old tokens could be predicted)" if old != result.loss_after else ""
     losses = f"{result.loss_before:.6f} and {result.loss_after:.6f}"
     return f"in {result.dtype}: relative |Δlogit| {errors}; loss {losses}{only}"
-
-
-def _keys_to_train_with(plan: GrowthPlan) -> list[str]:
-    """Name what growth has set in the model's configuration, beside the sizes."""
-    from megacore.model_config import NOT_GROWN
-
-    changed = [
-        key for key in (*NOT_GROWN, "logit_multiplier") if getattr(plan.source, key) != getattr(plan.target, key)
-    ]
-    return [f"{key}: {json.dumps(getattr(plan.target, key))}" for key in changed]
 
 
 def _figures(job: _Job, source: Path, seconds: float) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from megacore.checkpoint.assemble import Rows, Run, assembled, follow_each_other
 from megacore.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from megacore.checkpoint.pieces import Piece, PieceFile
 from megacore.checkpoint.stream import NUMPY
-from megacore.errors import CheckpointError, DamagedError
+from megacore.errors import CheckpointError, ConfigError, DamagedError
+from megacore.model_config import ModelConfig
 from megacore.specs import ParamSpec, Region, region_shape
 
 _BLOCK = 1 << 22
@@ -77,6 +78,17 @@ class CheckpointReader:
             return self.manifest.specs()
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}/{error}") from None
+
+    def check_model(self, wanted: ModelConfig) -> None:
+        """Refuse a model that is not the checkpoint's; dropout may differ.
+
+        Raises:
+            ConfigError: naming the key, and both values.
+        """
+        for key, saved in self.manifest.model.model_dump().items():
+            value = getattr(wanted, key)
+            if saved != value and "dropout" not in key:
+                raise ConfigError(f"{self.path} has {key}={saved}, but the configuration says {value}")
 
     def shape(self, parameter: str) -> tuple[int, ...]:
         """Return a parameter's global shape."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,16 +10,17 @@ from numpy.typing import NDArray
 
 from megacore.checkpoint.manifest import MOMENTS, WEIGHT, Manifest
 from megacore.growth.maps import AxisMap, Floats
-from megacore.growth.plan import GrowthPlan, Rule
-from megacore.random import standard_normal, stream_key
+from megacore.growth.plan import GrowthPlan
+from megacore.random import stream_key, uniform_rows
 from megacore.specs import Region, Role, global_index, region_shape
 
+Values = NDArray[np.floating[Any]]
 # How often the gradient's factor enters: exp_avg follows the gradient, exp_avg_sq its square.
 _GRADIENT_POWER = dict(zip(MOMENTS, (1, 2), strict=True))
-_BFLOAT16_BITS = 8
-"""Of a bfloat16 number, the leading one included."""
 _MEAN_ENTRIES = 1 << 22
 """Entries that are read at a time to take a mean."""
+_BFLOAT16_BITS = 8
+"""Of a bfloat16 number, the leading one included."""
 
 
 class Source(Protocol):
@@ -29,26 +29,26 @@ class Source(Protocol):
     manifest: Manifest
 
     def read(self, parameter: str, state: str, region: Region | None = None) -> NDArray[Any]:
-        """Return a box of a parameter's state; all of it by default."""
+        """Return a box of a parameter's state as a new array, of float32 at least; all of it by default."""
 
     def dtype(self, parameter: str, state: str) -> str:
         """Return the type in which it is stored."""
 
 
 class Grower:
-    """Makes boxes of the grown model's tensors.
+    """Makes boxes of the grown model's tensors, in float32 or, where that is stored, float64.
 
     Args:
         source: the small model's checkpoint.
         plan: of the growth.
-        dtypes: of the weights that are written; parts of bfloat16 weights are made to sum up exactly.
+        dtype: of what is written, or ``None`` for the source's; bfloat16 is of the weights alone.
     """
 
     def __init__(self, source: Source, plan: GrowthPlan, dtype: str | None = None) -> None:
         self._source, self._plan, self._dtype = source, plan, dtype
         self._means: dict[tuple[str, str, int | None, Region], Floats] = {}
 
-    def box(self, parameter: str, state: str, region: Region) -> Floats:
+    def box(self, parameter: str, state: str, region: Region) -> Values:
         """Compute a box of a grown tensor.
 
         Args:
@@ -56,9 +56,7 @@ class Grower:
             state: ``weight``, ``exp_avg`` or ``exp_avg_sq``.
             region: the box, in the grown tensor's indices; it must span the stream where noise is added.
         """
-        plan = self._plan
-        rule, spec, maps = plan.rules[parameter], plan.specs[parameter], plan.maps(parameter)
-        shape = region_shape(region)
+        rule, shape = self._plan.rules[parameter], region_shape(region)
         if state == WEIGHT and rule.constant is not None:
             return np.full(shape, rule.constant)
         if state == MOMENTS[0] and (rule.is_new or rule.drawn):
@@ -67,131 +65,182 @@ class Grower:
             if state == WEIGHT:
                 return self._initial(parameter, region)
             return np.full(shape, self._mean(rule.source, state, None, ()).item())
-        grown = self._gathered(rule, state, maps, region)
-        noise = self._kernel_noise(parameter, region, grown) if state == WEIGHT else None
-        for position, (dim, axis_map) in enumerate(zip(spec.dims, maps, strict=True)):
-            start, stop = region[position]
-            view = [-1 if p == position else 1 for p in range(len(maps))]
-            if state != WEIGHT:
-                grown *= _moment_factor(axis_map, dim.role, state)[start:stop].reshape(view)
-            elif dim.role is Role.WRITE and axis_map.centre is not None:
-                write = axis_map.write[start:stop].reshape(view)
-                grown = write * grown + (axis_map.centre - write) * self._mean_over(rule, state, maps, region, position)
-            elif dim.role is Role.READ and self._splits_exactly(parameter, axis_map):
-                begins, ends = (bounds[start:stop].reshape(view) for bounds in axis_map.shares)
-                grown = exact_part(grown, begins, ends)
-            else:
-                grown *= axis_map.factor(dim.role)[start:stop].reshape(view)
-        if noise is not None:
-            grown += noise
-        grown *= rule.factor if state == WEIGHT else rule.factor ** -_GRADIENT_POWER[state]
-        return self._with_fresh(parameter, rule, state, maps, region, grown)
+        box = _Box(self, parameter, state, region)
+        return box.with_fresh(box.copied())
 
-    def _gathered(self, rule: Rule, state: str, maps: Sequence[AxisMap], region: Region) -> Floats:
-        """Read what a box copies, and put every copy at its place."""
-        bounds: dict[int, tuple[int, int]] = {}
-        index: dict[int, NDArray[np.int64]] = {}
-        for position, (start, stop) in zip(rule.dims, region, strict=True):
-            if position is None:
-                continue
-            source = maps[rule.dims.index(position)].source[start:stop]
-            known = source[source >= 0]
-            first, last = (int(known.min()), int(known.max())) if len(known) else (0, 0)
-            bounds[position] = first, last + 1
-            index[position] = np.clip(source, first, last) - first
-        values = self._source.read(rule.source, state, tuple(bounds[p] for p in sorted(bounds))).astype(np.float64)
-        grown: Floats = values[np.ix_(*(index[p] for p in sorted(index)))]
-        added = tuple(p for p, position in enumerate(rule.dims) if position is None)
-        if added:
-            grown = np.broadcast_to(np.expand_dims(grown, added), region_shape(region)).copy()
-        return grown
+    def dtype(self, parameter: str, state: str) -> str:
+        """Return the type in which a state of a grown parameter is written."""
+        if self._dtype is None or (self._dtype == "bfloat16" and state != WEIGHT):  # would lose small moments
+            return self._source.dtype(self._plan.rules[parameter].source, state)
+        return self._dtype
 
-    def _splits_exactly(self, parameter: str, axis_map: AxisMap) -> bool:
-        """Tell whether shares must be rounded so that they sum up exactly: halves, quarters do of themselves."""
-        dtype = self._dtype or self._source.dtype(self._plan.rules[parameter].source, WEIGHT)
-        mantissas = np.frexp(axis_map.read)[0]
-        return dtype == "bfloat16" and bool((axis_map.write == 1).all()) and not bool((mantissas == 0.5).all())
-
-    def _kernel_noise(self, parameter: str, region: Region, repeated: Floats) -> Floats | None:
-        """Draw noise that sums to zero over the copies of each stream coordinate, so that readers cannot see it."""
-        plan, spec = self._plan, self._plan.specs[parameter]
-        position = spec.noisy_dim
-        if position is None or not plan.symmetry.noise_scale:
-            return None
-        stream = plan.maps(parameter)[position]
-        if stream.size == stream.old:
-            return None
-        assert position == len(spec.dims) - 1 and region[position] == (0, spec.shape[position])
-        size = plan.symmetry.noise_scale * np.sqrt(np.mean(repeated**2, axis=position, keepdims=True))
-        z = standard_normal(stream_key(plan.symmetry.seed, "noise", parameter), global_index(spec.shape, region))
-        visible = stream.over_group(z * stream.write) / stream.over_group(stream.write**2)
-        noise: Floats = size * (z - stream.write * visible)
-        return noise
-
-    def _with_fresh(
-        self, parameter: str, rule: Rule, state: str, maps: Sequence[AxisMap], region: Region, grown: Floats
-    ) -> Floats:
-        """Give rows that copy nothing their values: initial weights, no first moment, a mean second one."""
-        for position, (axis_map, (start, stop)) in enumerate(zip(maps, region, strict=True)):
-            fresh = axis_map.fresh[start:stop]
-            if not fresh.any():
-                continue
-            if state == WEIGHT:
-                values = self._initial(parameter, region)
-            elif state == MOMENTS[0]:
-                values = np.zeros_like(grown)
-            else:
-                factors = [
-                    _moment_factor(m, d.role, state)[a:b].reshape([-1 if p == q else 1 for q in range(len(maps))])
-                    for p, (d, m, (a, b)) in enumerate(zip(self._plan.specs[parameter].dims, maps, region, strict=True))
-                ]
-                values = self._mean_over(rule, state, maps, region, position) * math.prod(factors, start=np.ones(1))
-            mask = fresh.reshape([-1 if p == position else 1 for p in range(len(maps))])
-            grown = np.where(mask, values, grown)
-        return grown
-
-    def _initial(self, parameter: str, region: Region) -> Floats:
+    def _initial(self, parameter: str, region: Region) -> Values:
         plan = self._plan
-        values = plan.specs[parameter].initial_values(parameter, plan.symmetry.seed, plan.target, region)
-        return values.astype(np.float64)
-
-    def _mean_over(self, rule: Rule, state: str, maps: Sequence[AxisMap], region: Region, position: int) -> Floats:
-        """Return the source's mean over one dim, with the box's copies along the others; the dim has size 1."""
-        over = rule.dims[position]
-        needed, index = [], []
-        for p, (start, stop) in enumerate(region):
-            if rule.dims[p] is None or p == position:
-                continue
-            source = maps[p].source[start:stop].clip(0)
-            first, last = int(source.min()), int(source.max()) + 1
-            needed.append((first, last))
-            index.append(source - first)
-        mean = self._mean(rule.source, state, over, tuple(needed))
-        grown: Floats = mean[np.ix_(*index)] if index else mean
-        lacking = tuple(p for p in range(len(region)) if p == position or rule.dims[p] is None)
-        return np.expand_dims(grown, lacking)
+        return plan.specs[parameter].initial_values(parameter, plan.symmetry.seed, plan.target, region)
 
     def _mean(self, parameter: str, state: str, over: int | None, others: Region) -> Floats:
-        """Return a source tensor's mean over one dim, or over all (a [1] array); kept, for the next box."""
+        """Return a source tensor's mean over one dim, or over all; kept, for the next box."""
         key = parameter, state, over, others
         if key not in self._means:
             shape = self._plan.source_specs[parameter].shape
-            if over is None:
-                region: Region = tuple((0, size) for size in shape)
-                cut = 0
-            else:
-                cut, rest = over, iter(others)
-                region = tuple((0, shape[p]) if p == over else next(rest) for p in range(len(shape)))
+            cut, rest = over or 0, iter(others)
+            whole = [(0, size) for size in shape]
+            region = tuple(
+                whole if over is None else (whole[p] if p == over else next(rest) for p in range(len(shape)))
+            )
             sizes = region_shape(region)
             step = max(1, _MEAN_ENTRIES * sizes[cut] // max(1, math.prod(sizes)))
             total: Any = 0.0
             for start in range(0, sizes[cut], step):
                 block = (*region[:cut], (start, min(start + step, sizes[cut])), *region[cut + 1 :])
-                values = self._source.read(parameter, state, block).astype(np.float64)
-                total = total + (values.sum() if over is None else values.sum(axis=over))
+                values = self._source.read(parameter, state, block)
+                total = total + values.sum(axis=over, dtype=np.float64)
             count = math.prod(sizes) if over is None else sizes[over]
-            self._means[key] = np.atleast_1d(np.asarray(total / count))
+            self._means[key] = np.asarray(total / count)
         return self._means[key]
+
+
+class _Box:
+    """One box of a grown tensor that copies a source."""
+
+    def __init__(self, grower: Grower, parameter: str, state: str, region: Region) -> None:
+        self._grower, self._parameter, self._state, self._region = grower, parameter, state, region
+        plan = grower._plan
+        self._plan, self._rule, self._spec = plan, plan.rules[parameter], plan.specs[parameter]
+        self._maps = plan.maps(parameter)
+
+    def copied(self) -> Values:
+        """Gather and multiply along one dim after the other, the last one first: rows are then copied whole."""
+        needed, index = self._needed(skip=None)
+        source = self._grower._source
+        grown: Values = source.read(self._rule.source, self._state, needed)
+        if self._grower.dtype(self._parameter, self._state) == "float64":
+            grown = grown.astype(np.float64)
+        size = self._noise_size(grown)
+        positions = [p for p in range(len(self._region)) if self._rule.dims[p] is not None]
+        for axis, position in reversed(list(enumerate(positions))):
+            if not _is_range(index[axis], grown.shape[axis]):
+                grown = np.take(grown, index[axis], axis=axis)
+            grown = self._multiplied(grown, axis, len(positions), position)
+            if size is not None and position != positions[-1]:
+                size = self._multiplied(np.take(size, index[axis], axis=axis), axis, len(positions), position)
+        grown = self._expanded(grown)
+        if size is not None:
+            grown += self._kernel_noise(self._expanded(size), grown.dtype)
+        power = 1 if self._state == WEIGHT else -_GRADIENT_POWER[self._state]
+        return grown if self._rule.factor == 1.0 else grown * grown.dtype.type(self._rule.factor**power)
+
+    def _needed(self, skip: int | None) -> tuple[Region, list[NDArray[np.int64]]]:
+        """Return which box of the source is copied, and each entry's place in it, by the source's dims."""
+        needed, index = [], []
+        for position, (start, stop) in enumerate(self._region):
+            if self._rule.dims[position] is None or position == skip:
+                continue
+            source = self._maps[position].source[start:stop]
+            known = source[source >= 0]
+            first, last = (int(known.min()), int(known.max())) if len(known) else (0, 0)
+            needed.append((first, last + 1))
+            index.append(np.clip(source, first, last) - first)
+        return tuple(needed), index
+
+    def _multiplied(self, values: Values, axis: int, dims: int, position: int) -> Values:
+        """Multiply along one dim by what the parameter's role there asks for."""
+        role, axis_map = self._spec.dims[position].role, self._maps[position]
+        view = [-1 if a == axis else 1 for a in range(dims)]
+
+        def along(factors: Floats) -> Values:
+            return factors[slice(*self._region[position])].reshape(view).astype(values.dtype)
+
+        if self._state != WEIGHT:
+            return _times(values, along(_moment_factor(axis_map, role, self._state)))
+        if role is Role.WRITE and axis_map.centre is not None:
+            write, mean = along(axis_map.write), self._mean_over(position).astype(values.dtype)
+            return write * values + (values.dtype.type(axis_map.centre) - write) * mean
+        if role is Role.READ and self._splits_exactly(axis_map):
+            return exact_part(values, *(along(bounds) for bounds in axis_map.shares))
+        return _times(values, along(axis_map.factor(role)))
+
+    def _splits_exactly(self, axis_map: AxisMap) -> bool:
+        """Tell whether shares must be rounded so that they sum up exactly: halves, quarters do of themselves."""
+        if self._grower.dtype(self._parameter, WEIGHT) != "bfloat16" or not bool((axis_map.write == 1).all()):
+            return False
+        return not bool((np.frexp(axis_map.read)[0] == 0.5).all())
+
+    def _expanded(self, values: Values) -> Values:
+        """Add the dims that the source lacks."""
+        lacking = tuple(p for p, position in enumerate(self._rule.dims) if position is None)
+        if not lacking:
+            return values
+        shape = [stop - start for start, stop in self._region[:-1]]
+        return np.broadcast_to(np.expand_dims(values, lacking), (*shape, values.shape[-1])).copy()
+
+    def _noise_size(self, source: Values) -> Values | None:
+        """Return the spread of the kernel noise for each row of a stream reader, [..., 1]; none for other tensors."""
+        position = self._spec.noisy_dim
+        scale = self._plan.symmetry.noise_scale if self._state == WEIGHT else 0.0
+        if position is None or not scale or self._maps[position].size == self._maps[position].old:
+            return None
+        assert position == len(self._region) - 1 and self._region[position] == (0, self._spec.shape[position])
+        square = np.einsum("...i,...i->...", source, source)[..., None] / source.shape[-1]
+        size: Values = (scale * np.sqrt(square)).astype(source.dtype)
+        return size
+
+    def _kernel_noise(self, size: Values, dtype: np.dtype[Any]) -> Values:
+        """Draw noise that sums to zero over the copies of each stream coordinate, so that readers cannot see it."""
+        stream, shape = self._maps[-1], region_shape(self._region)
+        rows = global_index(self._spec.shape[:-1], self._region[:-1]).reshape(-1)
+        key = stream_key(self._plan.symmetry.seed, "noise", self._parameter)
+        z = uniform_rows(key, rows, shape[-1]).reshape(shape).astype(dtype, copy=False)
+        write = stream.write.astype(dtype)
+        if bool((stream.write == 1).all()):
+            z -= stream.over_group(z) * (1.0 / stream.over_group(np.ones(stream.size))).astype(dtype)
+        else:
+            z -= write * (stream.over_group(z * write) / stream.over_group(write**2))
+        z *= size
+        return z
+
+    def with_fresh(self, grown: Values) -> Values:
+        """Give entries that copy nothing their values: initial weights, no first moment, a mean second one."""
+        for position, (start, stop) in enumerate(self._region):
+            fresh = self._maps[position].fresh[start:stop]
+            if not fresh.any():
+                continue
+            if self._state == WEIGHT:
+                values = self._grower._initial(self._parameter, self._region)
+            elif self._state == MOMENTS[0]:
+                values = np.zeros((1,) * grown.ndim)
+            else:
+                own = _moment_factor(self._maps[position], self._spec.dims[position].role, self._state)
+                values = self._mean_over(position, whole=True) * own.mean()
+            mask = fresh.reshape([-1 if p == position else 1 for p in range(grown.ndim)])
+            grown = np.where(mask, values, grown).astype(grown.dtype)
+        return grown
+
+    def _mean_over(self, position: int, whole: bool = False) -> Values:
+        """Return the source's mean over one dim, which has size 1 then, copied and multiplied along those behind it.
+
+        Args:
+            position: the dim.
+            whole: along those before it, too.
+        """
+        needed, index = self._needed(skip=position)
+        axis = self._rule.dims[position]
+        assert axis is not None
+        mean: Values = np.expand_dims(self._grower._mean(self._rule.source, self._state, axis, needed), axis)
+        index.insert(axis, np.zeros(1, np.int64))
+        positions = [p for p in range(len(self._region)) if self._rule.dims[p] is not None]
+        for other, place in enumerate(positions):
+            if place != position and (whole or other > axis):
+                mean = self._multiplied(np.take(mean, index[other], axis=other), other, len(positions), place)
+        return mean
+
+
+def _is_range(index: NDArray[np.int64], size: int) -> bool:
+    return len(index) == size and bool((index == np.arange(size)).all())
+
+
+def _times(values: Values, factors: Values) -> Values:
+    return values if bool((factors == 1).all()) else values * factors
 
 
 def _moment_factor(axis_map: AxisMap, role: Role, state: str) -> Floats:
@@ -200,7 +249,7 @@ def _moment_factor(axis_map: AxisMap, role: Role, state: str) -> Floats:
     return np.where(factor == 0, factor.mean(), factor) if state == MOMENTS[1] else factor
 
 
-def exact_part(values: Floats, begins: Floats, ends: Floats) -> Floats:
+def exact_part(values: Values, begins: Values, ends: Values) -> Values:
     """Return the part from ``begins`` to ``ends`` of bfloat16 values, so that the parts sum to the value exactly.
 
     Every part is a multiple of the value's last bit and no larger than the value: it needs no more bits.
@@ -208,5 +257,5 @@ def exact_part(values: Floats, begins: Floats, ends: Floats) -> Floats:
     mantissa, exponent = np.frexp(values)
     bits = _BFLOAT16_BITS
     whole = np.ldexp(mantissa, bits)  # an integer
-    parts: Floats = np.ldexp(np.rint(whole * ends) - np.rint(whole * begins), exponent - bits)
+    parts: Values = np.ldexp(np.rint(whole * ends) - np.rint(whole * begins), exponent - bits)
     return parts

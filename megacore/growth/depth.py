@@ -59,8 +59,8 @@ def _is_new(sources: tuple[int, ...], number: int) -> bool:
     return number > 0 and sources[number - 1] == sources[number]
 
 
-def depth_change(source: ModelConfig, sizes: Mapping[str, Any]) -> DepthChange:
-    """Plan the growth of all stacks to the numbers of layers in ``sizes``.
+def depth_change(source: ModelConfig, target: ModelConfig) -> DepthChange:
+    """Plan the growth of all stacks to the numbers of layers of ``target``.
 
     Raises:
         ConfigError: the function cannot be kept.
@@ -73,8 +73,8 @@ def depth_change(source: ModelConfig, sizes: Mapping[str, Any]) -> DepthChange:
     stacks: list[Stack] = [stack for stack in STACKS if source.layers_of(stack)]
     for stack in stacks:
         key = STACKS[stack] if source.architecture == "encoder_decoder" else STACKS["encoder"]
-        old, new = source.layers_of(stack), sizes.get(key) or source.layers_of(stack)
-        if new <= old:
+        old, new = source.layers_of(stack), target.layers_of(stack)
+        if new == old:
             continue
         prefix = f"{stack}.layers." if source.architecture == "encoder_decoder" else "layers."
         sources[prefix] = _placed(source, key, old, new)

@@ -80,8 +80,8 @@ def planned_files(source: GrowthSource, plan: GrowthPlan, output: GrowthOutput) 
     source.specs()
     output.parallel.check(plan.target)
     layout, states = layout_of(output.parallel), written_states(source, output)
-    box = Grower(source, plan, output.dtype).box
-    return plan_files(plan.specs, states, layout, dtypes_of(source, plan, output).written, box, output.max_file_bytes)
+    grower = Grower(source, plan, output.dtype)
+    return plan_files(plan.specs, states, layout, grower.dtype, grower.box, output.max_file_bytes)
 
 
 def written_states(source: GrowthSource, output: GrowthOutput) -> tuple[str, ...]:
@@ -91,13 +91,7 @@ def written_states(source: GrowthSource, output: GrowthOutput) -> tuple[str, ...
 
 def dtypes_of(source: GrowthSource, plan: GrowthPlan, output: GrowthOutput) -> Dtypes:
     """Return what tells the types that are read and written."""
-
-    def written(name: str, state: str) -> str:
-        if output.dtype is None or (output.dtype == "bfloat16" and state != WEIGHT):  # would lose small moments
-            return source.dtype(plan.rules[name].source, state)
-        return output.dtype
-
-    return Dtypes(source.dtype, written)
+    return Dtypes(source.dtype, Grower(source, plan, output.dtype).dtype)
 
 
 def _manifest(source: GrowthSource, plan: GrowthPlan, output: GrowthOutput) -> Manifest:

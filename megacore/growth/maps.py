@@ -8,9 +8,9 @@ multiplies its copies by ``read[i]``; the function is kept because, over the cop
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from megacore.random import standard_normal, stream_key
 from megacore.specs import Role
 
 Floats = NDArray[np.float64]
+F = TypeVar("F", bound=np.floating[Any])
 _TURN = 0.4
 
 
@@ -58,25 +59,40 @@ class AxisMap:
 
     def factor(self, role: Role) -> Floats:
         """Return what a parameter's entries are multiplied by along this axis, [new]."""
-        factors = {Role.WRITE: self.write, Role.READ: self.read, Role.SHIFT: self.write, Role.SHIFT_READ: self.read}
-        if role is Role.SCALE_READ:
-            return self.over_group(self.write**2, lambda sums: 1.0 / sums)
-        return factors.get(role, np.ones(self.size))
+        return self._factors[role]
 
     def gradient_factor(self, role: Role) -> Floats:
         """Return what the gradients of a parameter's entries are multiplied by along this axis, [new]."""
-        factors = {Role.WRITE: self.read, Role.READ: self.write, Role.SHIFT: self.read, Role.SHIFT_READ: self.write}
-        factors |= {Role.SCALE: self.write * self.read, Role.SCALE_READ: self.write**2}
-        return factors.get(role, np.ones(self.size))
+        return self._gradient_factors[role]
 
-    def over_group(self, values: Floats, of_sums: Callable[[Floats], Floats] = lambda sums: sums) -> Floats:
-        """Sum values over the copies of each entry, apply a function, and give the result to each copy, [..., new]."""
-        assert not self.fresh.any()
-        order = np.argsort(self.source, kind="stable")
-        starts = np.flatnonzero(np.diff(self.source[order], prepend=-1))
-        sums = of_sums(np.add.reduceat(values[..., order], starts, axis=-1))
-        result: Floats = np.take(sums, self.source, axis=-1)
-        return result
+    @cached_property
+    def _factors(self) -> dict[Role, Floats]:
+        ones, written, read = np.ones(self.size), self.write, self.read
+        factors = {Role.WRITE: written, Role.READ: read, Role.SHIFT: written, Role.SHIFT_READ: read}
+        return factors | {Role.INDEX: ones, Role.SCALE: ones, Role.SCALE_READ: 1.0 / self.over_group(written**2)}
+
+    @cached_property
+    def _gradient_factors(self) -> dict[Role, Floats]:
+        written, read = self.write, self.read
+        factors = {Role.WRITE: read, Role.READ: written, Role.SHIFT: read, Role.SHIFT_READ: written}
+        return factors | {Role.INDEX: np.ones(self.size), Role.SCALE: written * read, Role.SCALE_READ: written**2}
+
+    def over_group(self, values: NDArray[F]) -> NDArray[F]:
+        """Give to each entry the sum over the copies of its source, [..., new]; to one that is new, its own value."""
+        sums = np.zeros((*values.shape[:-1], self.old), values.dtype)
+        for members, present in self._members:
+            sums += np.take(values, members, axis=-1) * present.astype(values.dtype)
+        taken = np.take(sums, self.source.clip(0), axis=-1)
+        return np.where(self.fresh, values, taken) if self.fresh.any() else taken
+
+    @cached_property
+    def _members(self) -> list[tuple[NDArray[np.int64], NDArray[np.bool_]]]:
+        """The first copy of every entry, the second one, and so on: [old] places, and whether there is such a one."""
+        order = np.argsort(self.source, kind="stable")[int(self.fresh.sum()) :]
+        counts = np.bincount(self.source[order], minlength=self.old)
+        starts = np.cumsum(counts) - counts
+        nth = range(int(counts.max(initial=0)))
+        return [(order[np.where(n < counts, starts + n, 0)], n < counts) for n in nth]
 
     @cached_property
     def shares(self) -> tuple[Floats, Floats]:

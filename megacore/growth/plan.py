@@ -24,7 +24,7 @@ import numpy as np
 from megacore.axes import AXES, GrowthRule
 from megacore.growth.depth import DepthChange, depth_change
 from megacore.growth.maps import AxisMap, centred, copied, extended, head_dims, query_heads, shared, weighted
-from megacore.growth.target import GROWABLE_KEYS, StreamRule, stream_rule, target_config
+from megacore.growth.target import GROWABLE_KEYS, StreamRule, resized, stream_rule, target_config
 from megacore.model_config import ModelConfig
 from megacore.models.transformer import declarations
 from megacore.specs import Dim, ParamSpec, Role
@@ -181,14 +181,14 @@ class GrowthPlan:
         if rule.constant is not None or rule.drawn:
             return 1.0
         dims = zip(self.specs[parameter].dims, self.maps(parameter), strict=True)
-        return rule.factor * float(np.prod([np.abs(axis_map.factor(dim.role)).mean() for dim, axis_map in dims]))
+        return _rounded(rule.factor * np.prod([np.abs(axis_map.factor(dim.role)).mean() for dim, axis_map in dims]))
 
     def adam_eps_multiplier(self, parameter: str) -> float:
         """Return the mean factor of the gradient: what Adam's eps must be multiplied by."""
         rule = self.rules[parameter]
         dims = zip(self.specs[parameter].dims, self.maps(parameter), strict=True)
         means = [np.abs(axis_map.gradient_factor(dim.role)).mean() for dim, axis_map in dims]
-        return float(np.prod(means)) / rule.factor
+        return _rounded(np.prod(means) / rule.factor)
 
     @property
     def changes(self) -> dict[str, dict[str, Any]]:
@@ -198,6 +198,11 @@ class GrowthPlan:
             "from": {key: getattr(self.source, key) for key in keys},
             "to": {key: getattr(self.target, key) for key in keys},
         }
+
+
+def _rounded(multiplier: Any) -> float:
+    """Drop the last bits: parameters with equal multipliers share an optimizer group."""
+    return float(f"{float(multiplier):.12g}")
 
 
 def _scope(parameter: str) -> str:
@@ -217,5 +222,6 @@ def make_plan(source: ModelConfig, sizes: Mapping[str, Any], symmetry: Symmetry)
         ConfigError: a key is unknown, cannot grow, shrinks, or grows in a way that would change the function; the
             message gives the reason and sizes that are possible.
     """
-    depth = depth_change(source, sizes)
-    return GrowthPlan(source, target_config(source, sizes, depth.config), symmetry, depth)
+    target = resized(source, sizes)
+    depth = depth_change(source, target)
+    return GrowthPlan(source, target_config(source, target, depth.config), symmetry, depth)

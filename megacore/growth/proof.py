@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
+
+import psutil
 
 from megacore.checkpoint.manifest import MANIFEST, WEIGHT
 from megacore.checkpoint.reader import CheckpointReader
@@ -54,7 +55,7 @@ class GrowthProof:
         if self.parameters > _MAX_PARAMETERS:
             return f"both models have {self.parameters:,} parameters, more than {_MAX_PARAMETERS:,}"
         free = available_memory()
-        if free is not None and self.memory > _MEMORY_SHARE * free:
+        if self.memory > _MEMORY_SHARE * free:
             return f"both models take {self.memory / 1e9:.1f} GB of memory, of {free / 1e9:.1f} GB available"
         return None
 
@@ -97,11 +98,6 @@ def record(reader: CheckpointReader, event: dict[str, Any]) -> None:
         replace_file(file, manifest.to_json().encode())
 
 
-def available_memory() -> int | None:
-    """Return the bytes that this process could still take; ``None`` where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        known = {name: int(value.split()[0]) for name, value in (line.split(":") for line in lines)}
-        return known["MemAvailable"] * 1024
-    except (OSError, ValueError, KeyError, IndexError):
-        return None
+def available_memory() -> int:
+    """Return the bytes that this process could still take."""
+    return int(psutil.virtual_memory().available)

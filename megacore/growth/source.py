@@ -50,9 +50,9 @@ class ForeignSource:
         return _DTYPE
 
     def read(self, parameter: str, state: str, region: Region | None = None) -> NDArray[Any]:
-        """Return a box of a parameter's state; all of it by default."""
+        """Return a box of a parameter's state as a new array; all of it by default."""
         region = region or tuple((0, size) for size in self._shapes[parameter])
-        return self._foreign.box(parameter, state, region).astype(np.dtype(_DTYPE), copy=False)
+        return self._foreign.box(parameter, state, region).astype(np.dtype(_DTYPE))
 
     def attach(self, directory: Path) -> None:
         """Add the source's other files (a tokenizer) to a checkpoint that is being written."""

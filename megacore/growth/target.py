@@ -45,13 +45,8 @@ def stream_rule(source: ModelConfig, hidden_size: int) -> StreamRule:
     return StreamRule.CENTRED if source.norms_inputs and not source.embedding_norm else StreamRule.REPEATED
 
 
-def target_config(source: ModelConfig, sizes: Mapping[str, Any], depth: Mapping[str, Any]) -> ModelConfig:
-    """Return the configuration of the grown model.
-
-    Args:
-        source: configuration of the small model.
-        sizes: the new value of each configuration key that changes.
-        depth: what changes because layers are added.
+def resized(source: ModelConfig, sizes: Mapping[str, Any]) -> ModelConfig:
+    """Return a model's configuration with new sizes, and nothing yet of what they make necessary.
 
     Raises:
         ConfigError: see `megacore.growth.plan.make_plan`.
@@ -61,18 +56,27 @@ def target_config(source: ModelConfig, sizes: Mapping[str, Any], depth: Mapping[
             raise unknown_key(key, GROWABLE_KEYS)
         if key not in GROWABLE_KEYS and sizes[key] != getattr(source, key):
             raise ConfigError(f"{key} cannot be changed by growing; what can: {', '.join(GROWABLE_KEYS)}")
-    values = source.model_dump() | dict(sizes) | dict(depth)
-    heads = source.num_attention_heads
-    if source.num_key_value_heads == heads and "num_key_value_heads" not in sizes:
+    values = source.model_dump() | dict(sizes) | {"norm_copies": (), "rope_frequencies": ()}
+    if source.num_key_value_heads == source.num_attention_heads and "num_key_value_heads" not in sizes:
         values["num_key_value_heads"] = values["num_attention_heads"]
-    # What depends on the sizes is set once they are known to be sizes.
-    plain = validated(ModelConfig, values | {"norm_copies": (), "rope_frequencies": ()})
+    target = validated(ModelConfig, values)
     for key in GROWABLE_KEYS:
-        old, new = getattr(source, key), getattr(plain, key)
+        old, new = getattr(source, key), getattr(target, key)
         if new < old:
             raise ConfigError(f"{key}={new} is smaller than the source's {old}; growing never shrinks")
-    _check(source, plain)
-    return validated(ModelConfig, plain.model_dump() | _derived(source, plain))
+    _check(source, target)
+    return target
+
+
+def target_config(source: ModelConfig, target: ModelConfig, depth: Mapping[str, Any]) -> ModelConfig:
+    """Return the configuration of the grown model.
+
+    Args:
+        source: configuration of the small model.
+        target: the same, resized.
+        depth: what changes because layers are added.
+    """
+    return validated(ModelConfig, target.model_dump() | _derived(source, target) | dict(depth))
 
 
 def _derived(source: ModelConfig, target: ModelConfig) -> dict[str, Any]:
@@ -109,8 +113,10 @@ def _check(source: ModelConfig, target: ModelConfig) -> None:
         raise ConfigError(f"head_dim={target.head_dim} is odd; rotary positions turn pairs")
     if source.residual == "sub_norm":
         _check_inner_norms(source, target)
-    if target.num_experts != source.num_experts:
+    if (target.num_experts, target.num_experts_per_token) != (source.num_experts, source.num_experts_per_token):
         _check_experts(source, target)
+    if target.type_vocab_size and not source.type_vocab_size:
+        raise ConfigError(f"type_vocab_size={target.type_vocab_size}: the source has no table of segments to grow")
 
 
 def _check_inner_norms(source: ModelConfig, target: ModelConfig) -> None:
@@ -130,12 +136,17 @@ def _check_inner_norms(source: ModelConfig, target: ModelConfig) -> None:
 
 
 def _check_experts(source: ModelConfig, target: ModelConfig) -> None:
+    if source.num_experts and target.num_experts_per_token != source.num_experts_per_token:
+        raise ConfigError(
+            f"num_experts_per_token={target.num_experts_per_token}: more experts for a token change what it gets; keep "
+            f"{source.num_experts_per_token}"
+        )
     if source.num_experts:
         raise ConfigError(
             f"num_experts={target.num_experts}: the best experts of a token would be copies of one of the "
             f"{source.num_experts}, and the others left out; only a dense model becomes a mixture"
         )
-    if target.num_experts_per_token == 1:
+    if target.num_experts and target.num_experts_per_token == 1:
         raise ConfigError(
             "num_experts_per_token=1 multiplies an expert's output by its probability, which is below one; with 2 or "
             "more the weights sum to one and the function is kept"

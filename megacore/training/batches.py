@@ -44,8 +44,19 @@ def open_data(path: Path, model: ModelConfig, group: Communicator | None = None)
         DataError: the data set is missing or damaged.
     """
     group = group or Alone()
-    data = InstanceDataset(path)
+    data = fitting_data(path, model)
     data.verify(group.rank, group.size)
+    return data
+
+
+def fitting_data(path: Path, model: ModelConfig) -> InstanceDataset:
+    """Open a data set and check that the model can take it; its values are not read.
+
+    Raises:
+        ConfigError: the vocabulary, the sequence length or the objective do not fit the model.
+        DataError: there is no such data set, or its files are not as long as they should be.
+    """
+    data = InstanceDataset(path)
     check_objective(data, model.objective)
     if data.vocab_size != model.vocab_size:
         raise ConfigError(f"vocab_size={model.vocab_size}, but {path} was tokenised with {data.vocab_size} pieces")

@@ -100,6 +100,7 @@ class TrainingStage:
         with together(group), os_errors(self._training.output_dir, ConfigError):
             self._lock = lock_run(self._training.output_dir) if group.rank == 0 else None
         self._start = Start(config, self._training_data(), group)
+        config = self._config = self._start.config
         self._engine = TrainingEngine(config, grid, device, settings, self._start.multipliers)
         self._start.load(self._load)
         self._warnings = self._start.settle()

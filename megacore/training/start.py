@@ -11,6 +11,7 @@ from megacore.checkpoint.reader import CheckpointReader
 from megacore.communicator import Communicator, together
 from megacore.config import RunConfig
 from megacore.errors import CheckpointError, ConfigError, DamagedError
+from megacore.model_config import NOT_GROWN, ModelConfig
 from megacore.publish import os_errors
 from megacore.training.engine import Multipliers
 from megacore.training.runs import LATEST, checkpoints, followed, point_latest, remove_leftovers, set_aside
@@ -25,7 +26,7 @@ class Start:
     run that has checkpoints ever start from anything else.
 
     Args:
-        config: of the run.
+        config: of the run; ``self.config`` has what the checkpoint's model has from growing, too.
         training_data: what fixes the data order, as in the manifest.
         group: all processes.
 
@@ -35,7 +36,7 @@ class Start:
     """
 
     def __init__(self, config: RunConfig, training_data: dict[str, Any], group: Communicator) -> None:
-        self._config, self._training_data, self._group = config, training_data, group
+        self.config, self._training_data, self._group = config, training_data, group
         self._run = config.training.output_dir
         found = checkpoints(self._run)
         agree(group, {"newest checkpoint": found[-1].name if found else None})
@@ -134,10 +135,8 @@ class Start:
             return
         with together(self._group):
             reader.specs()
-            for key, saved in reader.manifest.model.model_dump().items():
-                wanted = getattr(self._config.model, key)
-                if saved != wanted and "dropout" not in key:
-                    raise ConfigError(f"{reader.path} has {key}={saved}, but the configuration says {wanted}")
+            self.config = _with_grown_keys(self.config, reader.manifest.model)
+            reader.check_model(self.config.model)
             for key, wanted in self._training_data.items() if self.resumed else ():
                 saved = reader.manifest.training_data.get(key)
                 if saved != wanted:
@@ -145,6 +144,13 @@ class Start:
                         f"{reader.path} was trained with the data order of {key}={saved}, the configuration now gives "
                         f"{wanted}; restore it, or start a new run with initial_checkpoint and another output_dir"
                     )
+
+
+def _with_grown_keys(config: RunConfig, model: ModelConfig) -> RunConfig:
+    """Take from a checkpoint what growing has set, where a run's configuration does not say it."""
+    left = [key for key in (*NOT_GROWN, "logit_multiplier") if key not in config.model.model_fields_set]
+    grown = config.model.model_copy(update={key: getattr(model, key) for key in left})
+    return config.model_copy(update={"model": grown})
 
 
 def agree(group: Communicator, seen: Mapping[str, str | None]) -> None:

@@ -233,6 +233,8 @@ def test_new_entries_have_second_moments(tmp_path: Path) -> None:
         ("bert", {"hidden_size": 12}, ["hidden_size=12", "smaller"]),
         ("bert", {"hiden_size": 48}, ["hiden_size", "hidden_size"]),
         ("bert", {"intermediate_size": "big"}, ["intermediate_size", "big"]),
+        ("bert", {"num_hidden_layers": "many"}, ["num_hidden_layers", "many"]),
+        ("gpt2", {"type_vocab_size": 2}, ["type_vocab_size=2", "no table"]),
         ("bert", {"activation": "relu"}, ["activation", "cannot be changed"]),
         ("llama", {"num_key_value_heads": 3, "num_attention_heads": 3}, ["num_attention_heads=3", "smaller"]),
         ("llama", {"head_dim": 9}, ["head_dim=9", "odd"]),
@@ -257,6 +259,16 @@ def test_key_heads_whose_queries_do_not_fit_are_refused() -> None:
 def test_experts_of_a_mixture_cannot_be_multiplied() -> None:
     with pytest.raises(ConfigError, match=r"num_experts=8.*copies"):
         make_plan(model_config(**LLAMA, num_experts=4), {"num_experts": 8}, Symmetry())
+    with pytest.raises(ConfigError, match=r"num_experts_per_token=3.*keep 2"):
+        make_plan(model_config(**LLAMA, num_experts=4), {"num_experts_per_token": 3}, Symmetry())
+
+
+def test_layers_share_their_multipliers() -> None:
+    """Or every layer would have optimizer groups of its own."""
+    plan = make_plan(family("llama"), {"hidden_size": 36, "intermediate_size": 67, "head_dim": 10}, Symmetry())
+    pairs = {(plan.learning_rate_multiplier(name), plan.adam_eps_multiplier(name)) for name in plan.specs}
+    kinds = {name.split(".", 2)[-1] for name in plan.specs}
+    assert len(pairs) <= len(kinds)
 
 
 def test_a_lone_post_norm_layer_without_gains_cannot_be_followed() -> None:

@@ -46,11 +46,23 @@ ENCODER_DECODER: dict[str, Any] = {
     "initializer_range": 0.1,
 }
 EXPERTS: dict[str, Any] = {**LLAMA, "num_experts": 4, "intermediate_size": 16, "router_aux_loss_coefficient": 0.1}
+GROWN: dict[str, Any] = {
+    **LLAMA,
+    "residual": "deep_norm",
+    "norm": "layer_norm",
+    "embedding_norm": True,
+    "norm_copies": (20,),
+    "norm_eps_of": {"layers.1.mlp_residual.norm": 1e-2, "layers.2.attention_residual.norm": 2e-2},
+    "stream_scales": {"decoder": 1.3},
+    "rope_frequencies": (1.0, 0.3),
+}
+"""What only growth makes of a model: norms that weigh copies, constants of their own, listed frequencies."""
 FAMILIES: dict[str, dict[str, Any]] = {
     "bert": SIZES,
     "llama": LLAMA,
     "encoder-decoder": ENCODER_DECODER,
     "experts": EXPERTS,
+    "grown": GROWN,
 }
 
 
@@ -91,10 +103,11 @@ EXPERT_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ep4": (4, {"expert_parallel_size": 4}),
     "ep2 dp4 zero2": (4, {"expert_parallel_size": 2, "deepspeed_config": deepspeed("zero2")}),
 }
+GROWN_LAYOUTS = {name: LAYOUTS[name] for name in ("dp2 zero1", "tp2", "tp2 sp", "dp2 zero3", "ulysses2", "tp2 pp2")}
 CASES = {
     (family, layout): case
     for family in FAMILIES
-    for layout, case in (EXPERT_LAYOUTS if family == "experts" else LAYOUTS).items()
+    for layout, case in {"experts": EXPERT_LAYOUTS, "grown": GROWN_LAYOUTS}.get(family, LAYOUTS).items()
 }
 
 
@@ -127,7 +140,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], RunC
         "llama": write_sequences(folder / "lm", "lm"),
         "encoder-decoder": write_sequences(folder / "spans", "span_corruption"),
     }
-    data["experts"] = data["llama"]
+    data["experts"] = data["grown"] = data["llama"]
     made: dict[tuple[str, str], RunConfig] = {}
     for (family, layout), (_, changes) in CASES.items():
         out = folder / f"{family} {layout}"
