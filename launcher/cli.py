@@ -10,10 +10,11 @@ from typing import NoReturn
 
 import typer
 
-from launcher.checkpoint_commands import diff, grow, verify
+from launcher.checkpoint_commands import diff, verify
 from launcher.convert_command import convert
 from launcher.data_commands import data_app
 from launcher.dry_run import show_dry_run
+from launcher.grow_command import grow
 from launcher.inspect_command import inspect
 from launcher.program.command import program
 from megacore.errors import MegacoreError

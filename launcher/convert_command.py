@@ -12,7 +12,7 @@ import typer
 
 from launcher.bars import byte_bar
 from launcher.memory import keep_freed_memory
-from launcher.options import one_of
+from launcher.options import DTYPES, LAYOUT, one_of
 from megacore.communicator import mpi_or_alone, together
 from megacore.errors import ConfigError
 from megacore.publish import check_apart
@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
 _SOURCES = ("auto", "megacore", "hf", "deepspeed", "megatron")
 _TARGETS = ("megacore", "hf", "deepspeed-universal", "megatron")
-_LAYOUT = ("tensor_parallel_size", "pipeline_parallel_size")
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+_DTYPES = ("fp32", "bf16")
 
 
 def convert(
@@ -81,12 +80,12 @@ def convert(
             raise ConfigError(f"{layout[0]}: a Hugging Face directory has no layout")
         words = parse_overrides(layout or ())
         for key, value in words.items():
-            if key not in _LAYOUT:
-                raise ConfigError(f"{key}={value}: the layout of files is {' and '.join(_LAYOUT)}")
+            if key not in LAYOUT:
+                raise ConfigError(f"{key}={value}: the layout of files is {' and '.join(LAYOUT)}")
         parallel = validated(ParallelConfig, words)
         model = None if config is None else validated(ModelConfig, read_yaml(config).get("model", {}), f"{config}: ")
     with byte_bar("converting (rank 0)", None, enabled=group.rank == 0) as advance:
-        job = _Job(target, parallel, None if dtype is None else _DTYPES[dtype], weights_only, group, advance)
+        job = _Job(target, parallel, None if dtype is None else DTYPES[dtype], weights_only, group, advance)
         if known == "megacore":
             _from_megacore(source, target_format, job)
         else:

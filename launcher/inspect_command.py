@@ -134,6 +134,14 @@ def _sentence(event: Mapping[str, Any]) -> str | None:
     if event.get("event") == "grow" and event.keys() >= {"from", "to", "step", "optimizer"}:
         changes = ", ".join(f"{key} {old} → {event['to'][key]}" for key, old in event["from"].items())
         return f"grow {name} at step {event['step']:,}: {changes or 'same sizes'} (optimizer {event['optimizer']})"
+    if event.get("event") == "verify" and event.keys() >= {"against", "dtype", "passed"}:
+        errors = [
+            f"{error:.2e} ({key.removesuffix('_relative_error').upper()})"
+            for key, error in event.items()
+            if key.endswith("_relative_error")
+        ]
+        verdict = "the same function as" if event["passed"] else "NOT the same function as"
+        return f"{verdict} {event['against']['name']} in {event['dtype']}: relative |Δlogit| {', '.join(errors)}"
     if event.get("event") == "import" and "format" in event:
         new = f"; new: {', '.join(event['new'])}" if event.get("new") else ""
         return f"import {name} from {event['format']}{new}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -98,8 +98,13 @@ def _chunks(pieces: list[PieceToWrite], max_file_bytes: int) -> Iterator[list[Pi
         yield chunk
 
 
+def block_rows(shape: Sequence[int]) -> int:
+    """Return how many rows of a tensor are computed at once."""
+    return max(1, _BLOCK_ENTRIES // math.prod(shape[1:]))
+
+
 def _blocks(box_of: BoxOf, name: str, state: str, region: Region) -> Iterator[NDArray[Any]]:
-    rows = max(1, _BLOCK_ENTRIES // math.prod(region_shape(region)[1:]))
+    rows = block_rows(region_shape(region))
     first, stop = region[0]
     for start in range(first, stop, rows):
         yield box_of(name, state, ((start, min(start + rows, stop)), *region[1:]))

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any, Protocol
+
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
-from megacore.checkpoint.manifest import WEIGHT
-from megacore.checkpoint.reader import CheckpointReader
+from megacore.checkpoint.manifest import WEIGHT, Manifest
 from megacore.models.transformer import Transformer
 from megacore.nn.kit import Kit
 from megacore.parallel.grid import ParallelGrid
 from megacore.params import Declare, declared
+from megacore.specs import ParamSpec, Region
 
 
-def load_weights(model: nn.Module, reader: CheckpointReader) -> None:
+class Readable(Protocol):
+    """What a model can be filled from: a checkpoint, or another program's that is read as one."""
+
+    path: Path
+    manifest: Manifest
+
+    def specs(self) -> dict[str, ParamSpec]:
+        """Return the declarations of the model, after a check that it is of such a one."""
+
+    def read(self, parameter: str, state: str, region: Region | None = None) -> NDArray[Any]:
+        """Return a box of a parameter's state; all of it by default."""
+
+
+def load_weights(model: nn.Module, reader: Readable) -> None:
     """Set every parameter of a model to the box of the checkpoint that it holds."""
     reader.specs()
     with torch.no_grad():
@@ -21,7 +38,7 @@ def load_weights(model: nn.Module, reader: CheckpointReader) -> None:
             parameter.copy_(torch.from_numpy(reader.read(name, WEIGHT, parameter.region)))
 
 
-def load_model(reader: CheckpointReader, dtype: torch.dtype) -> Transformer:
+def load_model(reader: Readable, dtype: torch.dtype) -> Transformer:
     """Return the whole model of a checkpoint on this process alone, for evaluation."""
     config = reader.manifest.model
     model = Transformer(Kit(config, Declare(config, dtype=dtype), ParallelGrid()))

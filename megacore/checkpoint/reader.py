@@ -35,13 +35,17 @@ class CheckpointReader:
     Opening reads the manifest alone. A file's size and header are checked when it is first opened, a piece's checksum
     when the piece is first touched, so no value of a damaged piece is ever returned.
 
+    Args:
+        path: the directory.
+        manifest: of a checkpoint that is being written and has none yet.
+
     Raises:
         CheckpointError: naming the file (and the tensor) that is missing, cut short or altered.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, manifest: Manifest | None = None) -> None:
         self.path = path
-        self.manifest: Manifest = read_manifest(path)
+        self.manifest: Manifest = manifest or read_manifest(path)
         self._shapes = self.manifest.shapes()
         self._numbers = self.manifest.numbers()
         self._names = list(self.manifest.files)
@@ -50,6 +54,11 @@ class CheckpointReader:
         self._open: dict[str, PieceFile] = {}
         self._kept: tuple[tuple[str, str], NDArray[Any]] = ("", ""), np.empty(0)
         self._items = lru_cache(maxsize=64)(self._find_items)
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """What is stored of every parameter."""
+        return self.manifest.states
 
     def close(self) -> None:
         """Close the files and forget what was kept; a later read opens them again."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from megacore.checkpoint.manifest import MANIFEST, FileRecord, Manifest, validated_manifest
 from megacore.checkpoint.pieces import Piece, described
+from megacore.checkpoint.reader import CheckpointReader
 from megacore.checkpoint.stream import SafetensorsStream
 from megacore.communicator import Communicator, together
 from megacore.errors import CheckpointError
@@ -30,6 +31,8 @@ class PieceToWrite(NamedTuple):
 
 
 FileToWrite = tuple[str, Sequence[PieceToWrite]]
+Check = Callable[[CheckpointReader], Sequence[dict[str, Any]]]
+"""Looks at a checkpoint before it is published; returns what its lineage will say of that."""
 
 
 def write_checkpoint(
@@ -38,6 +41,7 @@ def write_checkpoint(
     files: Iterable[FileToWrite],
     manifest: Manifest,
     attach: Callable[[Path], None] = lambda path: None,
+    check: Check = lambda reader: (),
 ) -> None:
     """Write a checkpoint; every rank of ``group`` calls this with its own files.
 
@@ -47,6 +51,8 @@ def write_checkpoint(
         files: this rank's files, by name, with their pieces.
         manifest: all but the files' records.
         attach: adds files of another kind to the directory (called on rank 0).
+        check: looks at the checkpoint when all of it but the manifest is written (called on rank 0); what it raises
+            keeps the checkpoint from being published.
 
     Raises:
         CheckpointError: on every rank, if any rank failed; nothing is left at ``path``.
@@ -65,7 +71,10 @@ def write_checkpoint(
                 attach(directory)
                 merged = {name: record for part in gathered for name, record in part.items()}
                 whole = manifest.model_copy(update={"files": dict(sorted(merged.items()))})
-                write_text(directory / MANIFEST, whole.to_json())
+                reader = CheckpointReader(directory, whole)
+                lineage = (*whole.lineage, *check(reader))
+                reader.close()
+                write_text(directory / MANIFEST, whole.model_copy(update={"lineage": lineage}).to_json())
 
 
 def _write_file(path: Path, pieces: Sequence[PieceToWrite], numbers: dict[str, int]) -> FileRecord:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,17 @@ def fresh_manifest(model: ModelConfig) -> Manifest:
     specs = declarations(model)
     parameters = parameter_records(specs, dict.fromkeys(specs, (1.0, 1.0)))
     return Manifest(model=model, layout=Layout(), progress=Progress(), parameters=parameters, files={})
+
+
+def import_event(source: Source) -> dict[str, Any]:
+    """Return what a lineage says of an import."""
+    return {
+        "event": "import",
+        "format": source.format,
+        "source": source.path.name,
+        "new": list(source.new),
+        "left_out": list(source.left_out),
+    }
 
 
 @dataclass(frozen=True)
@@ -101,18 +112,11 @@ def import_checkpoint(
             raise ConfigError("--dtype bf16 would round the optimizer's state: add --weights-only")
         files = plan_files(known.tensors(), states, layout, lambda name, state: dtype or "float32", source.box)
         fresh = {} if len(states) > 1 else {"optimizer_step": 0, "loss_scaling": None}
-        event = {
-            "event": "import",
-            "format": source.format,
-            "source": source.path.name,
-            "new": list(source.new),
-            "left_out": list(source.left_out),
-        }
         manifest = known.model_copy(
             update={
                 "layout": layout,
                 "progress": known.progress.model_copy(update=fresh),
-                "lineage": (*known.lineage, event),
+                "lineage": (*known.lineage, import_event(source)),
             }
         )
     on_start(Import(source.new, source.left_out, 0 if dtype else source.float64))

@@ -41,7 +41,7 @@ class Grower:
     Args:
         source: the small model's checkpoint.
         plan: of the growth.
-        dtype: of what is written, or ``None`` for the source's.
+        dtype: of what is written, or ``None`` for the source's; bfloat16 is of the weights alone.
     """
 
     def __init__(self, source: Source, plan: GrowthPlan, dtype: str | None = None) -> None:
@@ -70,7 +70,9 @@ class Grower:
 
     def dtype(self, parameter: str, state: str) -> str:
         """Return the type in which a state of a grown parameter is written."""
-        return self._dtype or self._source.dtype(self._plan.rules[parameter].source, state)
+        if self._dtype is None or (self._dtype == "bfloat16" and state != WEIGHT):  # would lose small moments
+            return self._source.dtype(self._plan.rules[parameter].source, state)
+        return self._dtype
 
     def _initial(self, parameter: str, region: Region) -> Values:
         plan = self._plan

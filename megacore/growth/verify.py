@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from megacore.checkpoint.load import load_model
+from megacore.checkpoint.load import Readable, load_model
 from megacore.checkpoint.manifest import Manifest
 from megacore.checkpoint.reader import CheckpointReader
 from megacore.errors import CheckpointError, ConfigError
+from megacore.growth.source import GrowthSource, origin
 from megacore.model_config import ModelConfig, token_head
 from megacore.models.batch import ModelBatch
 from megacore.models.layers import output_names
@@ -44,9 +46,11 @@ class Comparison:
     Args:
         dtype: of the computation.
         samples: sequences compared.
-        relative_errors: max|Δlogit| / max|logit| of each head (``mlm`` or ``lm``, and ``nsp`` where there is one).
+        relative_errors: max|Δlogit| / max|logit| of each head (``mlm`` or ``lm``, and ``nsp`` where there is one), over
+            the tokens that both models have.
         loss_before: mean over the labels, plus the mean over the sentence pairs where there are any.
         loss_after: the same of the other model.
+        loss_after_old_tokens: the same again, if no other tokens than the first model's could be predicted.
     """
 
     dtype: str
@@ -54,6 +58,12 @@ class Comparison:
     relative_errors: dict[str, float]
     loss_before: float
     loss_after: float
+    loss_after_old_tokens: float
+
+    @property
+    def worst(self) -> float:
+        """The largest relative error of a head."""
+        return max(self.relative_errors.values())
 
     def as_dict(self) -> dict[str, object]:
         """Return plain values for JSON."""
@@ -61,55 +71,55 @@ class Comparison:
         errors: dict[str, float] = plain.pop("relative_errors")
         return plain | {f"{head}_relative_error": error for head, error in errors.items()}
 
+    def event(self, before: GrowthSource, limit: float) -> dict[str, Any]:
+        """Return what a lineage says of the comparison."""
+        figures = self.as_dict() | {"tolerance": limit, "passed": self.worst <= limit}
+        return {"event": "verify", "against": origin(before), **figures}
 
-def compare(
-    before: CheckpointReader, after: CheckpointReader, batches: Iterable[ModelBatch], dtype: torch.dtype
-) -> Comparison:
-    """Compare the functions of two checkpoints on batches of text.
+
+def compare(before: Readable, after: Readable, batches: Iterable[ModelBatch], dtype: str) -> Comparison:
+    """Compare the functions of two checkpoints on batches of text that the first one takes.
 
     Raises:
-        ConfigError: the two take different input.
+        ConfigError: the second one does not take all input that the first one does.
         CheckpointError: one of them computes what is not finite.
     """
     _check_same_input(before.manifest, after.manifest)
-    models = [load_model(before, dtype), load_model(after, dtype)]
-    names = [name for name in output_names(models[0].config) if name.endswith("logits")]
-    heads = [{"pair_logits": "nsp"}.get(name, token_head(models[0].config.objective)) for name in names]
-    loss = Loss(models[0].config, ParallelGrid())
+    models = [load_model(which, getattr(torch, dtype)) for which in (before, after)]
+    config = models[0].config
+    names = [name for name in output_names(config) if name.endswith("logits")]
+    heads = [{"pair_logits": "nsp"}.get(name, token_head(config.objective)) for name in names]
+    tokens = names.index("logits")
+    losses = [Loss(model.config, ParallelGrid()) for model in models]
     difference, largest = np.zeros(len(names)), np.zeros(len(names))
-    losses = np.zeros((2, 2))
+    sums = np.zeros((3, 2))  # of the first model, the second, and the second on the first one's tokens
     samples = labels = 0
     with torch.inference_mode():
         for batch in batches:
-            outputs = []
-            for position, model in enumerate(models):
-                logits = model(batch)
-                sums = loss.sums(logits, loss.label_values(batch))
-                losses[position] += float(sums.token_loss), float(sums.pair_loss)
-                outputs.append(logits)
-            for column, (a, b) in enumerate(zip(*(output[: len(names)] for output in outputs), strict=True)):
+            first, second = (model(batch) for model in models)
+            same = list(second)
+            same[tokens] = second[tokens][..., : config.vocab_size]
+            cases = (losses[0], first), (losses[1], second), (losses[1], tuple(same))
+            for row, (loss, outputs) in enumerate(cases):
+                found = loss.sums(outputs, loss.label_values(batch))
+                sums[row] += float(found.token_loss), float(found.pair_loss)
+            for column, (a, b) in enumerate(zip(first[: len(names)], same[: len(names)], strict=True)):
                 # np.maximum, because Python's max would let "not a number" pass.
                 difference[column] = np.maximum(difference[column], float((a - b).abs().max()))
                 largest[column] = np.maximum(largest[column], float(a.abs().max()))
             samples += batch.num_samples
             labels += len(batch.labels)
-    if not (np.isfinite(difference).all() and np.isfinite(losses).all()):
+    if not (np.isfinite(difference).all() and np.isfinite(sums).all()):
         raise CheckpointError(f"{after.path} or {before.path} computes values that are not finite numbers")
     relative = difference / np.maximum(largest, np.finfo(np.float64).tiny)  # 0 where both give zeros alone
-    means = losses[:, 0] / labels + losses[:, 1] / samples
-    return Comparison(
-        dtype=str(dtype).removeprefix("torch."),
-        samples=samples,
-        relative_errors=dict(zip(heads, relative.tolist(), strict=True)),
-        loss_before=float(means[0]),
-        loss_after=float(means[1]),
-    )
+    means = sums[:, 0] / labels + sums[:, 1] / samples
+    return Comparison(dtype, samples, dict(zip(heads, relative.tolist(), strict=True)), *means.tolist())
 
 
 def _check_same_input(before: Manifest, after: Manifest) -> None:
     for key in ("architecture", "objective", "vocab_size", "max_position_embeddings", "type_vocab_size"):
         first, second = getattr(before.model, key), getattr(after.model, key)
-        if first != second:
+        if first != second and not (isinstance(first, int) and 0 < first < second):  # tables that have grown
             raise ConfigError(f"the checkpoints cannot be compared: {key} is {first} in one and {second} in the other")
 
 

@@ -143,8 +143,8 @@ def test_training_on_a_truncated_data_file_ends_with_one_error(tmp_path: Path) -
     ("words", "parts"),
     [
         (["hidden_size=48", "num_attention_heads=8", "tensor_parallel_size=3"], ["tensor_parallel_size=3", "8"]),
-        (["hidden_size=36", "num_attention_heads=6"], ["hidden_size=36"]),
-        (["vocab_size=200"], ["vocab_size"]),
+        (["hidden_size=12"], ["hidden_size=12", "smaller"]),
+        (["activation=relu"], ["activation", "cannot be changed"]),
         (["hiden_size=48"], ["hidden_size"]),
         (["intermediate_size"], ["key=value"]),
     ],

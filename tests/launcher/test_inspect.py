@@ -117,8 +117,8 @@ def test_a_link_is_named_by_its_target(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "latest").symlink_to("step-00000007")
     assert inspect(tmp_path / "latest").splitlines()[0] == str(tmp_path / "step-00000007")
     megacore("grow", tmp_path / "latest", tmp_path / "grown", "intermediate_size=80")
-    lineage = json.loads(inspect(tmp_path / "grown", "--json"))["lineage"]
-    assert lineage[-1]["source"]["name"] == "step-00000007"
+    *_, growth, proof = json.loads(inspect(tmp_path / "grown", "--json"))["lineage"]
+    assert growth["source"]["name"] == proof["against"]["name"] == "step-00000007"
     megacore("convert", tmp_path / "latest", tmp_path / "cut", "tensor_parallel_size=4")
     assert json.loads(inspect(tmp_path / "cut", "--json"))["layout"]["tensor_parallel_size"] == 4
 
