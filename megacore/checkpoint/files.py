@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from functools import partial
 from typing import Any
 
@@ -20,6 +22,8 @@ from megacore.specs import Region, Shard, TensorSpec, region_shape
 
 _BLOCK_ENTRIES = 1 << 19
 """Entries of a tensor that are computed at once: what a processor's cache holds, 1 MiB in bfloat16."""
+_BLOCKS_AHEAD = 2
+"""That are computed while one is written."""
 MAX_FILE_BYTES = 1 << 30
 """A tensor-parallel rank's tensors are spread over files of about this size."""
 _BLOCK_NAME = re.compile(r"(.*\.)?layers\.\d+\.")
@@ -42,6 +46,7 @@ def plan_files(
     dtype_of: Callable[[str, str], str],
     box_of: BoxOf,
     max_file_bytes: int = MAX_FILE_BYTES,
+    pool: Executor | None = None,
 ) -> list[FileToWrite]:
     """List all files of a checkpoint with their pieces; nothing is computed yet.
 
@@ -52,6 +57,7 @@ def plan_files(
         dtype_of: (parameter, state) -> the dtype to store.
         box_of: makes the values.
         max_file_bytes: size from which on a new file is begun.
+        pool: computes values while others are written; ``None`` to compute them when they are wanted.
     """
     states = tuple(states)
     files: list[FileToWrite] = []
@@ -64,7 +70,7 @@ def plan_files(
                 if rank == 0 or spec.sharded_dim is not None  # replicated parameters are stored once
                 for region in [spec.local_region(shard)]
                 for state in states
-                for blocks in [partial(_blocks, box_of, name, state, region)]
+                for blocks in [partial(_blocks, box_of, name, state, region, pool)]
             ]
             for number, chunk in enumerate(_chunks(pieces, max_file_bytes)):
                 files.append((f"pp{stage:02d}-tp{rank:02d}-{number:04d}.safetensors", chunk))
@@ -103,11 +109,20 @@ def block_rows(shape: Sequence[int]) -> int:
     return max(1, _BLOCK_ENTRIES // math.prod(shape[1:]))
 
 
-def _blocks(box_of: BoxOf, name: str, state: str, region: Region) -> Iterator[NDArray[Any]]:
+def _blocks(box_of: BoxOf, name: str, state: str, region: Region, pool: Executor | None) -> Iterator[NDArray[Any]]:
     rows = block_rows(region_shape(region))
     first, stop = region[0]
+    pending: deque[Future[NDArray[Any]]] = deque()
     for start in range(first, stop, rows):
-        yield box_of(name, state, ((start, min(start + rows, stop)), *region[1:]))
+        box = ((start, min(start + rows, stop)), *region[1:])
+        if pool is None:
+            yield box_of(name, state, box)
+            continue
+        pending.append(pool.submit(box_of, name, state, box))
+        if len(pending) > _BLOCKS_AHEAD:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 def planned_bytes(files: Iterable[FileToWrite]) -> int:

@@ -81,7 +81,7 @@ class SafetensorsStream:
         _write_all(self._file.fileno(), memoryview(header), 0)
         self.size = len(header) + body
         self._offset = len(header)
-        self._stages = deque(mmap.mmap(-1, min(_STAGED_BYTES, max(_PAGE, body))) for _ in range(_STAGES))
+        self._stages = deque(_stage(min(_STAGED_BYTES, max(_PAGE, body))) for _ in range(_STAGES))
         self._staged = 0
 
     def write(self, key: str, blocks: Iterable[NDArray[Any]]) -> None:
@@ -158,6 +158,13 @@ class SafetensorsStream:
             self._file.close()
             if self._direct is not None:
                 os.close(self._direct)
+
+
+def _stage(size: int) -> mmap.mmap:
+    stage = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # fewer pages to hold on to while they are written
+        stage.madvise(mmap.MADV_HUGEPAGE)
+    return stage
 
 
 def _open_direct(path: Path) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,7 +37,7 @@ class Source(Protocol):
 
 
 class Grower:
-    """Makes boxes of the grown model's tensors, in float32 or, where that is stored, float64.
+    """Makes boxes of the grown model's tensors, in float32 or, where that is stored, float64; threads may share it.
 
     Args:
         source: the small model's checkpoint.
@@ -47,6 +48,7 @@ class Grower:
     def __init__(self, source: Source, plan: GrowthPlan, dtype: str | None = None) -> None:
         self._source, self._plan, self._dtype = source, plan, dtype
         self._means: dict[tuple[str, str, int | None, Region], Floats] = {}
+        self._reading = threading.Lock()
 
     def box(self, parameter: str, state: str, region: Region) -> Values:
         """Compute a box of a grown tensor.
@@ -67,6 +69,12 @@ class Grower:
             return np.full(shape, self._mean(rule.source, state, None, ()).item())
         box = _Box(self, parameter, state, region)
         return box.with_fresh(box.copied())
+
+    def read(self, parameter: str, state: str, region: Region) -> Values:
+        """Read a box of the source; one thread at a time, which is all that a disk wants."""
+        with self._reading:
+            values: Values = self._source.read(parameter, state, region)
+        return values
 
     def dtype(self, parameter: str, state: str) -> str:
         """Return the type in which a state of a grown parameter is written."""
@@ -93,7 +101,7 @@ class Grower:
             total: Any = 0.0
             for start in range(0, sizes[cut], step):
                 block = (*region[:cut], (start, min(start + step, sizes[cut])), *region[cut + 1 :])
-                values = self._source.read(parameter, state, block)
+                values = self.read(parameter, state, block)
                 total = total + values.sum(axis=over, dtype=np.float64)
             count = math.prod(sizes) if over is None else sizes[over]
             self._means[key] = np.asarray(total / count)
@@ -112,8 +120,7 @@ class _Box:
     def copied(self) -> Values:
         """Gather and multiply along one dim after the other, the last one first: rows are then copied whole."""
         needed, index = self._needed(skip=None)
-        source = self._grower._source
-        grown: Values = source.read(self._rule.source, self._state, needed)
+        grown = self._grower.read(self._rule.source, self._state, needed)
         if self._grower.dtype(self._parameter, self._state) == "float64":
             grown = grown.astype(np.float64)
         size = self._noise_size(grown)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from megacore.growth.apply import Grower
 from megacore.growth.describe import Dtypes, notes
 from megacore.growth.plan import GrowthPlan
 from megacore.growth.source import GrowthSource, companions, origin
+
+_THREADS = 2
+"""That compute while others read, write and flush."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +68,24 @@ def grow_checkpoint(
         ConfigError: the layout does not fit the grown model.
         CheckpointError: the source is damaged, or the target cannot be written.
     """
-    with together(group):
-        files = planned_files(source, plan, output)
-        manifest = _manifest(source, plan, output)
-    attach = companions(source, group)
-    write_checkpoint(path, group, share_of(files, group, on_progress), manifest, attach, check)
+    with ThreadPoolExecutor(_THREADS, "grow") as pool:
+        with together(group):
+            files = planned_files(source, plan, output, pool)
+            manifest = _manifest(source, plan, output)
+        attach = companions(source, group)
+        write_checkpoint(path, group, share_of(files, group, on_progress), manifest, attach, check)
 
 
-def planned_files(source: GrowthSource, plan: GrowthPlan, output: GrowthOutput) -> list[FileToWrite]:
+def planned_files(
+    source: GrowthSource, plan: GrowthPlan, output: GrowthOutput, pool: Executor | None = None
+) -> list[FileToWrite]:
     """List all files of the grown checkpoint with their pieces; nothing is computed yet.
+
+    Args:
+        source: the small model's checkpoint.
+        plan: made from the source's configuration.
+        output: layout and options.
+        pool: computes the values.
 
     Raises:
         ConfigError: the layout does not fit the grown model.
@@ -81,7 +94,7 @@ def planned_files(source: GrowthSource, plan: GrowthPlan, output: GrowthOutput) 
     output.parallel.check(plan.target)
     layout, states = layout_of(output.parallel), written_states(source, output)
     grower = Grower(source, plan, output.dtype)
-    return plan_files(plan.specs, states, layout, grower.dtype, grower.box, output.max_file_bytes)
+    return plan_files(plan.specs, states, layout, grower.dtype, grower.box, output.max_file_bytes, pool)
 
 
 def written_states(source: GrowthSource, output: GrowthOutput) -> tuple[str, ...]:
