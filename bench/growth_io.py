@@ -9,7 +9,7 @@ The last line is one JSON object:
   page cache, as fast as the disk takes them;
 - ``rss_excess_mb``: its peak resident memory beyond twice the largest tensor that it writes;
 - ``ranks2_speedup``: one rank's time by two ranks', the start of ``mpirun`` included;
-- ``ranks2_vs_write``: two ranks' time, their start included, by the same ``dd``.
+- ``ranks2_vs_write``: the time that two ranks say they took, without their start, by the same ``dd``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import math
 import shutil
 import statistics
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 
 from measure import peak_of, said_by, seconds_of, zeros_by_two
@@ -57,10 +58,13 @@ def main() -> None:
             "one": lambda: said_by(megacore_command(*words)),
             "two": lambda: said_by(mpi_command(2, *words)),
         }
-        times: dict[str, list[float]] = {who: [] for who in runs}
+        times: dict[str, list[float]] = defaultdict(list)
         for _ in range(3):
             for who, run in runs.items():
-                times[who].append(seconds_of(run)[0])
+                seconds, said = seconds_of(run)
+                times[who].append(seconds)
+                if said:  # "... GB read, ... GB written by 2 ranks in 9.5 s"
+                    times[f"{who} moving"].append(float(said.split()[-2]))
                 shutil.rmtree(large)
     median = {who: statistics.median(values) for who, values in times.items()}
     largest = 4 * max(math.prod(spec.shape) for spec in declarations(target).values())
@@ -70,7 +74,7 @@ def main() -> None:
         "grow_vs_write": median["one"] / median["write"],
         "rss_excess_mb": (peak - 2 * largest) / 1e6,
         "ranks2_speedup": median["one"] / median["two"],
-        "ranks2_vs_write": median["two"] / median["write"],
+        "ranks2_vs_write": median["two moving"] / median["write"],
     }
     print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
 

@@ -72,7 +72,6 @@ def grow(
 
     keep_freed_memory()
     group = mpi_or_alone()
-    began = time.perf_counter()
     source = followed(source, group)
     with together(group):
         one_of("--optimizer", optimizer, ("map", "reset"))
@@ -94,6 +93,7 @@ def grow(
         if group.rank == 0:
             _show(job, proves, group.size)
         return
+    began = time.perf_counter()
     with byte_bar("growing (rank 0)", job.estimate.bytes_written / group.size, enabled=group.rank == 0) as advance:
         check = job.proof if proves else _unchecked
         grow_checkpoint(small, plan, target, output, group, advance, check)

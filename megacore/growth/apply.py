@@ -196,8 +196,11 @@ class _Box:
         stream, shape = self._maps[-1], region_shape(self._region)
         rows = global_index(self._spec.shape[:-1], self._region[:-1]).reshape(-1)
         key = stream_key(self._plan.symmetry.seed, "noise", self._parameter)
-        z = uniform_rows(key, rows, shape[-1]).reshape(shape).astype(dtype, copy=False)
-        z = stream.unseen(z)
+
+        def draw(length: int) -> Values:
+            return uniform_rows(key, rows, length).reshape(*shape[:-1], length).astype(dtype, copy=False)
+
+        z = stream.unseen_noise(draw)
         z *= size
         return z
 

@@ -8,6 +8,7 @@ multiplies its copies by ``read[i]``; the function is kept because, over the cop
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -85,17 +86,23 @@ class AxisMap:
         taken = np.take(sums, self.source.clip(0), axis=-1)
         return np.where(self.fresh, values, taken) if self.fresh.any() else taken
 
-    def unseen(self, values: NDArray[F]) -> NDArray[F]:
-        """Take from values what a reader of the copies sees of them, [..., new]: the rest sums to zero for it."""
-        write = self.write.astype(values.dtype)
-        if self.copies is None:
+    def unseen_noise(self, draw: Callable[[int], NDArray[F]]) -> NDArray[F]:
+        """Return noise that sums to zero for whoever reads the copies of an entry, [..., new].
+
+        Args:
+            draw: makes so many independent numbers of variance one, [..., size].
+        """
+        if self.copies != 2:
+            values = draw(self.size)
+            write = self.write.astype(values.dtype)
             seen: NDArray[F] = write * (self.over_group(values * write) / self.over_group(write**2))
             return values - seen
-        rest = np.empty_like(values)
-        mean = sum(values[..., copy :: self.copies] for copy in range(self.copies)) / self.copies
-        for copy in range(self.copies):
-            np.subtract(values[..., copy :: self.copies], mean, out=rest[..., copy :: self.copies])
-        return rest
+        half = draw(self.old)  # of each pair the one is the other's negative: half the work
+        half *= half.dtype.type(np.sqrt(0.5))
+        noise = np.empty((*half.shape[:-1], self.size), half.dtype)
+        noise[..., ::2] = half
+        np.negative(half, out=noise[..., 1::2])
+        return noise
 
     @cached_property
     def copies(self) -> int | None:
