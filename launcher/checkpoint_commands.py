@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,12 +13,13 @@ import typer
 from launcher.bars import byte_bar
 from launcher.grow_command import figures_line, opened_source
 from launcher.options import DTYPES, one_of, write_json
-from megacore.communicator import Alone
+from megacore.communicator import Alone, Communicator, TorchRanks, started_tasks, together
 from megacore.errors import ConfigError
 
 if TYPE_CHECKING:
     from megacore.model_config import ModelConfig
     from megacore.models.batch import ModelBatch
+    from megacore.parallel.grid import ParallelGrid
 
 _SOURCE = typer.Argument(..., help="Directory of a checkpoint.", show_default=False)
 
@@ -34,9 +38,11 @@ def verify(
 ) -> None:
     """Check that a checkpoint is complete, unaltered and finite; with --against, that it computes the same.
 
-    Exit code 0: all is well; 1: the two compute different things; 2: a checkpoint is damaged, or cannot be compared.
+    Several processes, started as for training, share both models by tensor parallelism. Exit code 0: all is well; 1:
+    the two compute different things; 2: a checkpoint is damaged, or cannot be compared.
     """
     from megacore.checkpoint.reader import CheckpointReader
+    from megacore.config import ParallelConfig
     from megacore.growth.proof import record, stored_tolerance
     from megacore.growth.verify import check_integrity, compare, random_batch
     from megacore.training.runs import followed
@@ -46,27 +52,60 @@ def verify(
     for option, value in options.items():
         if value is not None and against is None:
             raise ConfigError(f"{option}: is about a comparison; add --against CHECKPOINT, or leave it out")
-    checkpoint = followed(checkpoint, Alone())
-    reader = CheckpointReader(checkpoint)
-    size = sum(file.size for file in reader.manifest.files.values())
-    with byte_bar("reading", size, enabled=True) as advance:
-        checked = check_integrity(reader, advance)
-    typer.echo(f"{checkpoint}: complete, {checked / 1e6:.1f} MB, every checksum right, all values finite")
-    if against is None:
-        return
-    other = opened_source(followed(against, Alone()))
-    model = other.manifest.model
-    batches = _data_batches(data, samples, model) if data else [random_batch(model)]
-    result = compare(other, reader, batches, DTYPES[dtype])
-    limit = stored_tolerance(DTYPES[dtype], other, reader) if tolerance is None else tolerance
-    typer.echo(f"against {against} {figures_line(result)}; tolerance {limit:.0e}")
-    if json_file:
-        write_json(json_file, result.as_dict() | {"tolerance": limit})
-    if record_it:
-        record(reader, result.event(other, limit))
+    with _ranks() as (group, grid):
+        checkpoint = followed(checkpoint, group)
+        with together(group):
+            reader = CheckpointReader(checkpoint)
+            if group.rank == 0:
+                size = sum(file.size for file in reader.manifest.files.values())
+                with byte_bar("reading", size, enabled=True) as advance:
+                    checked = check_integrity(reader, advance)
+                typer.echo(f"{checkpoint}: complete, {checked / 1e6:.1f} MB, every checksum right, all values finite")
+        if against is None:
+            return
+        other_path = followed(against, group)
+        with together(group):
+            other = opened_source(other_path)
+            for model in (reader.manifest.model, other.manifest.model):
+                ParallelConfig(tensor_parallel_size=group.size).check(model)
+            model = other.manifest.model
+            batches = _data_batches(data, samples, model) if data else [random_batch(model)]
+        result = compare(other, reader, batches, DTYPES[dtype], grid)
+        limit = stored_tolerance(DTYPES[dtype], other, reader) if tolerance is None else tolerance
+        with together(group):
+            if group.rank == 0:
+                typer.echo(f"against {against} {figures_line(result)}; tolerance {limit:.0e}")
+                if json_file:
+                    write_json(json_file, result.as_dict() | {"tolerance": limit})
+                if record_it:
+                    record(reader, result.event(other, limit))
+                if not result.worst <= limit:
+                    typer.echo(f"error: the difference is above {limit:.3g}: not the same function", err=True)
     if not result.worst <= limit:
-        typer.echo(f"error: the difference is above {limit:.3g}: not the same function", err=True)
         raise typer.Exit(1)
+
+
+@contextmanager
+def _ranks() -> Iterator[tuple[Communicator, ParallelGrid]]:
+    """Join the processes that ``deepspeed`` or ``torchrun`` started, on the CPU; or be alone."""
+    from megacore.parallel.grid import ParallelGrid
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        tasks = started_tasks()
+        if tasks > 1:
+            raise ConfigError(f"{tasks} tasks were started, each of which would do all; use deepspeed or torchrun")
+        yield Alone(), ParallelGrid()
+        return
+    import torch.distributed as dist
+
+    from megacore.config import ParallelConfig
+
+    dist.init_process_group("gloo")
+    try:
+        group = TorchRanks()
+        yield group, ParallelGrid.create(ParallelConfig(tensor_parallel_size=group.size))
+    finally:
+        dist.destroy_process_group()
 
 
 def diff(

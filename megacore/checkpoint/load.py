@@ -38,9 +38,9 @@ def load_weights(model: nn.Module, reader: Readable) -> None:
             parameter.copy_(torch.from_numpy(reader.read(name, WEIGHT, parameter.region)))
 
 
-def load_model(reader: Readable, dtype: torch.dtype) -> Transformer:
-    """Return the whole model of a checkpoint on this process alone, for evaluation."""
-    config = reader.manifest.model
-    model = Transformer(Kit(config, Declare(config, dtype=dtype), ParallelGrid()))
+def load_model(reader: Readable, dtype: torch.dtype, grid: ParallelGrid | None = None) -> Transformer:
+    """Return the model of a checkpoint for evaluation: all of it, or this process's tensor-parallel part."""
+    config, grid = reader.manifest.model, grid or ParallelGrid()
+    model = Transformer(Kit(config, Declare(config, grid.shard, dtype=dtype), grid))
     load_weights(model, reader)
     return model.eval()

@@ -19,6 +19,7 @@ from megacore.models.batch import ModelBatch
 from megacore.models.layers import output_names
 from megacore.models.loss import Loss
 from megacore.parallel.grid import ParallelGrid
+from megacore.parallel.vocabulary import whole_logits
 from megacore.random import random_bits, stream_key
 
 
@@ -77,15 +78,25 @@ class Comparison:
         return {"event": "verify", "against": origin(before), **figures}
 
 
-def compare(before: Readable, after: Readable, batches: Iterable[ModelBatch], dtype: str) -> Comparison:
+def compare(
+    before: Readable, after: Readable, batches: Iterable[ModelBatch], dtype: str, grid: ParallelGrid | None = None
+) -> Comparison:
     """Compare the functions of two checkpoints on batches of text that the first one takes.
+
+    Args:
+        before: the first one.
+        after: the second one, which may know more tokens and positions.
+        batches: the text.
+        dtype: of the computation.
+        grid: tensor-parallel ranks that share both models; every one of them calls this. ``None`` for one process.
 
     Raises:
         ConfigError: the second one does not take all input that the first one does.
         CheckpointError: one of them computes what is not finite.
     """
     _check_same_input(before.manifest, after.manifest)
-    models = [load_model(which, getattr(torch, dtype)) for which in (before, after)]
+    grid = grid or ParallelGrid()
+    models = [load_model(which, getattr(torch, dtype), grid) for which in (before, after)]
     config = models[0].config
     names = [name for name in output_names(config) if name.endswith("logits")]
     heads = [{"pair_logits": "nsp"}.get(name, token_head(config.objective)) for name in names]
@@ -96,12 +107,14 @@ def compare(before: Readable, after: Readable, batches: Iterable[ModelBatch], dt
     samples = labels = 0
     with torch.inference_mode():
         for batch in batches:
-            first, second = (model(batch) for model in models)
+            first, second = ([*model(batch)] for model in models)
+            for model, outputs in zip(models, (first, second), strict=True):
+                outputs[tokens] = whole_logits(outputs[tokens], model.config.vocab_size, grid)
             same = list(second)
             same[tokens] = second[tokens][..., : config.vocab_size]
-            cases = (losses[0], first), (losses[1], second), (losses[1], tuple(same))
+            cases = (losses[0], first), (losses[1], second), (losses[1], same)
             for row, (loss, outputs) in enumerate(cases):
-                found = loss.sums(outputs, loss.label_values(batch))
+                found = loss.sums(tuple(outputs), loss.label_values(batch))
                 sums[row] += float(found.token_loss), float(found.pair_loss)
             for column, (a, b) in enumerate(zip(first[: len(names)], same[: len(names)], strict=True)):
                 # np.maximum, because Python's max would let "not a number" pass.

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megacore.axes import shard_bounds
 from megacore.parallel.collectives import (
     leave_tensor_parallel,
     reduce_from_tensor_parallel,
@@ -32,6 +33,15 @@ def embed_tokens(ids: Tensor, table: Tensor, first: int, grid: ParallelGrid) -> 
     foreign = (local < 0) | (local >= table.shape[0])
     rows = F.embedding(local.masked_fill(foreign, 0), table)
     return leave_tensor_parallel(rows.masked_fill(foreign.unsqueeze(-1), 0), grid)
+
+
+def whole_logits(logits: Tensor, vocab_size: int, grid: ParallelGrid) -> Tensor:
+    """Put shared logits together. logits: [n, vocab/tp] -> [n, vocab]; one all-reduce of the result."""
+    if grid.tensor_parallel_size == 1:
+        return logits
+    whole = logits.new_zeros(len(logits), vocab_size)
+    whole[:, slice(*shard_bounds(vocab_size, grid.tensor_parallel_rank, grid.tensor_parallel_size))] = logits
+    return reduce_from_tensor_parallel(whole, grid)
 
 
 class TokenLoss(NamedTuple):

@@ -34,12 +34,12 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def last_gain(config: ModelConfig) -> str:
     """Name the norm before the logits; no bias follows it that is not zero at first."""
-    (name,) = [
+    return next(
         name
-        for name in declarations(config)
+        for name in reversed(declarations(config))
         if name in ("lm_head.norm.weight", "final_norm.weight", "decoder.final_norm.weight")
-    ]
-    return name
+        or name.endswith("mlp_residual.norm.weight")  # of a post-norm model's last layer
+    )
 
 
 def write(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,3 +128,19 @@ def test_tolerances_follow_the_types(small: Path, tmp_path: Path) -> None:
     readers = CheckpointReader(small), CheckpointReader(fp32)
     assert stored_tolerance("float64", readers[0], readers[0]) == 1e-12
     assert stored_tolerance("float64", *readers) == tolerance("float64", two, "float32")
+
+
+def test_ranks_share_the_models_and_find_the_same(small: Path, tmp_path: Path) -> None:
+    """Tensor parallel over two processes, with a vocabulary that they cannot share evenly."""
+    sizes = {"vocab_size": 127, "hidden_size": 36, "intermediate_size": 66, "num_hidden_layers": 3}
+    grow(small, tmp_path / "large", sizes, parts=2)
+    words = ["verify", str(tmp_path / "large"), "--against", str(small), "--dtype", "fp64", "--json"]
+    assert megacore(*words, tmp_path / "one.json").exit_code == 0
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "launcher"]
+    done = subprocess.run([*start, *words, str(tmp_path / "two.json")], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("every checksum right") == 1
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    for key in ("loss_before", "loss_after", "loss_after_old_tokens"):
+        assert two[key] == pytest.approx(one[key], rel=1e-12)
+    assert max(two["mlm_relative_error"], two["nsp_relative_error"]) <= 1e-12
