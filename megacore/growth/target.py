@@ -133,13 +133,13 @@ def _check_inner_norms(source: ModelConfig, target: ModelConfig) -> None:
                 f"{key}={new}: residual=sub_norm normalises these units, so each needs as many copies; nearest that "
                 f"do: {_multiples(old, new)}" + (f", with a multiple of {grown_with}" if grown_with != key else "")
             )
-    heads, keys = target.num_attention_heads, target.num_key_value_heads
-    old_group, group = source.num_attention_heads // source.num_key_value_heads, heads // keys
+    heads, key_heads = target.num_attention_heads, target.num_key_value_heads
+    old_group, group = source.num_attention_heads // source.num_key_value_heads, heads // key_heads
     if group > old_group and group % old_group:  # heads are a multiple, but not those of each copy of a key head
         raise ConfigError(
-            f"num_attention_heads={heads} with num_key_value_heads={keys}: residual=sub_norm normalises the heads' "
-            f"output, so each needs as many copies, but {group} of them for each key head cannot be as many copies of "
-            f"{old_group}; nearest that can: {_multiples(keys * old_group, heads)}"
+            f"num_attention_heads={heads} with num_key_value_heads={key_heads}: residual=sub_norm normalises the "
+            f"heads' output, so each needs as many copies, but {group} of them for each key head cannot be as many "
+            f"copies of {old_group}; nearest that can: {_multiples(key_heads * old_group, heads)}"
         )
 
 
