@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 _SYMMETRIES = {"noise": ("--noise-scale", "--share-scale"), "uneven": ("--share-scale",), "none": ()}
 """Ways to make copies differ -> the options that each has."""
-_SCALE, _MAX_SHARE_SCALE = 0.2, 0.39
+_SCALE, _MAX_NOISE_SCALE, _MAX_SHARE_SCALE = 0.2, 1.0, 0.39
+"""Noise that outgrows the weights would leave the sums to rounding."""
 _WIDTH = 160
 """Columns of a plan, at least: names of parameters are long."""
 
@@ -52,7 +53,9 @@ def grow(
     symmetry: str = typer.Option(
         "noise", help="How copies differ: noise (kernel noise and uneven shares), uneven (shares only), none (even)."
     ),
-    noise_scale: float = typer.Option(None, min=0, help="Of the noise, relative to the weights; 0.2 by default."),
+    noise_scale: float = typer.Option(
+        None, min=0, max=_MAX_NOISE_SCALE, help="Of the noise, relative to the weights; 0.2 by default."
+    ),
     share_scale: float = typer.Option(
         None, min=0, max=_MAX_SHARE_SCALE, help="Relative spread of the shares; 0.2 by default."
     ),

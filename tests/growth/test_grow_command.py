@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import transformers as hf
 import yaml
 from typer.testing import CliRunner
 
-from launcher.cli import app
+from launcher.cli import app, main
 from launcher.start import mpi_command
 from megacore.checkpoint.reader import CheckpointReader
 from megacore.communicator import Alone
@@ -206,6 +207,28 @@ def test_symmetry_chooses_what_makes_copies_differ(small: Path, tmp_path: Path) 
         grow(small, tmp_path / kind, *DOUBLE, "--symmetry", kind, *share, "--verify", "never")
         event = CheckpointReader(tmp_path / kind).manifest.lineage[0]
         assert (event["noise_scale"], event["share_scale"]) == scales
+
+
+def test_noise_that_outgrows_the_weights_is_refused(small: Path, tmp_path: Path) -> None:
+    for scale in ("1.1", "inf"):
+        words = ["grow", small, tmp_path / "large", *DOUBLE, "--noise-scale", scale, "--verify", "never"]
+        result = CliRunner().invoke(app, list(map(str, words)))
+        assert result.exit_code == 2 and "--noise-scale" in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sizes_that_no_memory_holds_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def allocate() -> None:
+        raise MemoryError("Unable to allocate 14.9 GiB")
+
+    monkeypatch.setattr("launcher.cli.app", allocate)
+    monkeypatch.setattr("os._exit", sys.exit)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: not enough memory: Unable to allocate 14.9 GiB\n"
 
 
 @pytest.mark.parametrize(
