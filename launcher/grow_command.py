@@ -109,9 +109,9 @@ def grow(
 
 def _asked(to: Path | None, words: list[str], source: GrowthSource) -> tuple[dict[str, Any], ParallelConfig]:
     """Read the sizes and the layout of the files, which is the source's where none is given."""
-    from megacore.config import ParallelConfig
+    from megacore.config import ParallelConfig, RunConfig
     from megacore.model_config import NOT_GROWN, ModelConfig
-    from megacore.settings import parse_overrides, read_yaml, validated
+    from megacore.settings import parse_overrides, read_yaml, unknown_key, validated
 
     sizes = parse_overrides(words)
     if not sizes and to is None:
@@ -123,10 +123,15 @@ def _asked(to: Path | None, words: list[str], source: GrowthSource) -> tuple[dic
         model, parallel = (sections.get(key) or {} for key in ("model", "parallel"))
         if not isinstance(model, Mapping) or not isinstance(parallel, Mapping):
             raise ConfigError(f"{to}: model and parallel must be sections of keys and values")
+        for key in sections:
+            if key not in RunConfig.model_fields:
+                raise unknown_key(key, RunConfig.model_fields)
+        validated(ParallelConfig, parallel, f"{to}: ")
         config = validated(ModelConfig, {**model, **sizes}, f"{to}: ")
-        # Growth itself sets some keys; and what a run drops out is its own affair.
+        # Growth itself sets some keys; and what a run drops out is its own affair. All others must be the grown model's
+        # at the run's start, those that the file leaves to their defaults, too.
         free = {*NOT_GROWN, "logit_multiplier", "preset", "hidden_dropout", "attention_dropout"}
-        sizes = {key: getattr(config, key) for key in sorted(config.model_fields_set - free)}
+        sizes = {key: getattr(config, key) for key in ModelConfig.model_fields if key not in free}
         layout |= {key: parallel[key] for key in LAYOUT if key in parallel}
     return sizes, validated(ParallelConfig, layout | given)
 

@@ -55,7 +55,10 @@ def resized(source: ModelConfig, sizes: Mapping[str, Any]) -> ModelConfig:
         if key not in ModelConfig.model_fields:
             raise unknown_key(key, GROWABLE_KEYS)
         if key not in GROWABLE_KEYS and sizes[key] != getattr(source, key):
-            raise ConfigError(f"{key} cannot be changed by growing; what can: {', '.join(GROWABLE_KEYS)}")
+            raise ConfigError(
+                f"{key} cannot be changed by growing (from {getattr(source, key)} to {sizes[key]}); what can: "
+                f"{', '.join(GROWABLE_KEYS)}"
+            )
     values = source.model_dump() | dict(sizes) | {"norm_copies": (), "rope_frequencies": ()}
     if source.num_key_value_heads == source.num_attention_heads and "num_key_value_heads" not in sizes:
         values["num_key_value_heads"] = values["num_attention_heads"]

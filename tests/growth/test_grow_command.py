@@ -266,6 +266,22 @@ def test_a_configuration_of_another_function_is_refused(small: Path, tmp_path: P
     config.write_text(yaml.safe_dump({"model": MODEL | {"hidden_size": 48, "activation": "relu"}}))
     with pytest.raises(MegacoreError, match="activation cannot be changed by growing"):
         grow(small, tmp_path / "large", "--to", config)
+    config.write_text(yaml.safe_dump({"model": MODEL | {"hidden_size": 48, "head_dim": 6, "architecture": "decoder"}}))
+    with pytest.raises(MegacoreError, match=r"architecture cannot be changed by growing \(from encoder to decoder\)"):
+        grow(small, tmp_path / "large", "--to", config)
+    config.write_text(yaml.safe_dump({"parallell": {}, "model": MODEL}))
+    with pytest.raises(MegacoreError, match="unknown key 'parallell'; did you mean parallel"):
+        grow(small, tmp_path / "large", "--to", config)
+    config.write_text(yaml.safe_dump({"parallel": {"tensor_paralel_size": 2}, "model": MODEL}))
+    with pytest.raises(MegacoreError, match=r"other\.yaml: .*tensor_paralel_size"):
+        grow(small, tmp_path / "large", "--to", config)
+    # A run that does not name the positions has 512 of them, and would refuse a checkpoint with as many as the source.
+    few = {key: value for key, value in MODEL.items() if key != "max_position_embeddings"}
+    config.write_text(yaml.safe_dump({"model": few | {"residual": "pre_norm"}}))
+    with pytest.raises(MegacoreError, match="residual cannot be changed"):
+        grow(small, tmp_path / "large", "--to", config)
+    config.write_text(yaml.safe_dump({"model": few}))
+    assert "max_position_embeddings 32 → 512" in grow(small, tmp_path / "longer", "--to", config)
     config.write_text(yaml.safe_dump({"model": [1]}))
     with pytest.raises(MegacoreError, match=r"other\.yaml: model and parallel must be sections"):
         grow(small, tmp_path / "large", "--to", config)
