@@ -77,10 +77,7 @@ def grow(
     group = mpi_or_alone()
     source = followed(source, group)
     with together(group):
-        one_of("--optimizer", optimizer, ("map", "reset"))
-        one_of("--verify", verify, ("auto", "always", "never"))
-        if dtype is not None:
-            one_of("--dtype", dtype, DTYPES)
+        check_options(optimizer, verify, dtype, symmetry, noise_scale, share_scale)
         if dry_run and json_file is not None:
             raise ConfigError(f"--json {json_file}: --dry-run writes nothing; leave one of them out")
         check_apart(source, target, ConfigError)
@@ -105,6 +102,24 @@ def grow(
         _summarise(job, target, group.size, seconds, obstacle)
         if json_file:
             write_json(json_file, _figures(job, source, seconds))
+
+
+def check_options(
+    optimizer: str, verify: str, dtype: str | None, symmetry: str, noise_scale: float | None, share_scale: float | None
+) -> None:
+    """Refuse what the options do not have, or what does not go together, before anything is read.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    one_of("--optimizer", optimizer, ("map", "reset"))
+    one_of("--verify", verify, ("auto", "always", "never"))
+    if dtype is not None:
+        one_of("--dtype", dtype, DTYPES)
+    one_of("--symmetry", symmetry, _SYMMETRIES)
+    for option, scale in {"--noise-scale": noise_scale, "--share-scale": share_scale}.items():
+        if scale is not None and option not in _SYMMETRIES[symmetry]:
+            raise ConfigError(f"{option} {scale:g}: --symmetry {symmetry} has no such thing; leave one of them out")
 
 
 def _asked(to: Path | None, words: list[str], source: GrowthSource) -> tuple[dict[str, Any], ParallelConfig]:
@@ -157,11 +172,7 @@ def opened_source(path: Path) -> GrowthSource:
 def _symmetry(kind: str, noise_scale: float | None, share_scale: float | None, seed: int) -> Symmetry:
     from megacore.growth.plan import Symmetry
 
-    one_of("--symmetry", kind, _SYMMETRIES)
     scales = {"--noise-scale": noise_scale, "--share-scale": share_scale}
-    for option, scale in scales.items():
-        if scale is not None and option not in _SYMMETRIES[kind]:
-            raise ConfigError(f"{option} {scale:g}: --symmetry {kind} has no such thing; leave one of them out")
     noise, share = (
         (_SCALE if scale is None else scale) if option in _SYMMETRIES[kind] else 0.0 for option, scale in scales.items()
     )
