@@ -97,6 +97,8 @@ def main() -> None:
         app()
     except MegacoreError as error:
         _exit_all_ranks(error)
+    except MemoryError as error:  # sizes that no machine holds, most likely mistyped
+        _exit_all_ranks(MegacoreError(f"not enough memory: {error}"))
     except BrokenPipeError:
         sys.exit(1)
 

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 _SYMMETRIES = {"noise": ("--noise-scale", "--share-scale"), "uneven": ("--share-scale",), "none": ()}
 """Ways to make copies differ -> the options that each has."""
-_SCALE, _MAX_SHARE_SCALE = 0.2, 0.39
+_SCALE, _MAX_NOISE_SCALE, _MAX_SHARE_SCALE = 0.2, 1.0, 0.39
+"""Noise that outgrows the weights would leave the sums to rounding."""
 _WIDTH = 160
 """Columns of a plan, at least: names of parameters are long."""
 
@@ -52,7 +53,9 @@ def grow(
     symmetry: str = typer.Option(
         "noise", help="How copies differ: noise (kernel noise and uneven shares), uneven (shares only), none (even)."
     ),
-    noise_scale: float = typer.Option(None, min=0, help="Of the noise, relative to the weights; 0.2 by default."),
+    noise_scale: float = typer.Option(
+        None, min=0, max=_MAX_NOISE_SCALE, help="Of the noise, relative to the weights; 0.2 by default."
+    ),
     share_scale: float = typer.Option(
         None, min=0, max=_MAX_SHARE_SCALE, help="Relative spread of the shares; 0.2 by default."
     ),
@@ -74,10 +77,7 @@ def grow(
     group = mpi_or_alone()
     source = followed(source, group)
     with together(group):
-        one_of("--optimizer", optimizer, ("map", "reset"))
-        one_of("--verify", verify, ("auto", "always", "never"))
-        if dtype is not None:
-            one_of("--dtype", dtype, DTYPES)
+        check_options(optimizer, verify, dtype, symmetry, noise_scale, share_scale)
         if dry_run and json_file is not None:
             raise ConfigError(f"--json {json_file}: --dry-run writes nothing; leave one of them out")
         check_apart(source, target, ConfigError)
@@ -104,11 +104,29 @@ def grow(
             write_json(json_file, _figures(job, source, seconds))
 
 
+def check_options(
+    optimizer: str, verify: str, dtype: str | None, symmetry: str, noise_scale: float | None, share_scale: float | None
+) -> None:
+    """Refuse what the options do not have, or what does not go together, before anything is read.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    one_of("--optimizer", optimizer, ("map", "reset"))
+    one_of("--verify", verify, ("auto", "always", "never"))
+    if dtype is not None:
+        one_of("--dtype", dtype, DTYPES)
+    one_of("--symmetry", symmetry, _SYMMETRIES)
+    for option, scale in {"--noise-scale": noise_scale, "--share-scale": share_scale}.items():
+        if scale is not None and option not in _SYMMETRIES[symmetry]:
+            raise ConfigError(f"{option} {scale:g}: --symmetry {symmetry} has no such thing; leave one of them out")
+
+
 def _asked(to: Path | None, words: list[str], source: GrowthSource) -> tuple[dict[str, Any], ParallelConfig]:
     """Read the sizes and the layout of the files, which is the source's where none is given."""
-    from megacore.config import ParallelConfig
+    from megacore.config import ParallelConfig, RunConfig
     from megacore.model_config import NOT_GROWN, ModelConfig
-    from megacore.settings import parse_overrides, read_yaml, validated
+    from megacore.settings import parse_overrides, read_yaml, unknown_key, validated
 
     sizes = parse_overrides(words)
     if not sizes and to is None:
@@ -120,10 +138,15 @@ def _asked(to: Path | None, words: list[str], source: GrowthSource) -> tuple[dic
         model, parallel = (sections.get(key) or {} for key in ("model", "parallel"))
         if not isinstance(model, Mapping) or not isinstance(parallel, Mapping):
             raise ConfigError(f"{to}: model and parallel must be sections of keys and values")
+        for key in sections:
+            if key not in RunConfig.model_fields:
+                raise unknown_key(key, RunConfig.model_fields)
+        validated(ParallelConfig, parallel, f"{to}: ")
         config = validated(ModelConfig, {**model, **sizes}, f"{to}: ")
-        # Growth itself sets some keys; and what a run drops out is its own affair.
+        # Growth itself sets some keys; and what a run drops out is its own affair. All others must be the grown model's
+        # at the run's start, those that the file leaves to their defaults, too.
         free = {*NOT_GROWN, "logit_multiplier", "preset", "hidden_dropout", "attention_dropout"}
-        sizes = {key: getattr(config, key) for key in sorted(config.model_fields_set - free)}
+        sizes = {key: getattr(config, key) for key in ModelConfig.model_fields if key not in free}
         layout |= {key: parallel[key] for key in LAYOUT if key in parallel}
     return sizes, validated(ParallelConfig, layout | given)
 
@@ -149,11 +172,7 @@ def opened_source(path: Path) -> GrowthSource:
 def _symmetry(kind: str, noise_scale: float | None, share_scale: float | None, seed: int) -> Symmetry:
     from megacore.growth.plan import Symmetry
 
-    one_of("--symmetry", kind, _SYMMETRIES)
     scales = {"--noise-scale": noise_scale, "--share-scale": share_scale}
-    for option, scale in scales.items():
-        if scale is not None and option not in _SYMMETRIES[kind]:
-            raise ConfigError(f"{option} {scale:g}: --symmetry {kind} has no such thing; leave one of them out")
     noise, share = (
         (_SCALE if scale is None else scale) if option in _SYMMETRIES[kind] else 0.0 for option, scale in scales.items()
     )

@@ -171,8 +171,8 @@ class ModelConfig(Settings):
 
     @property
     def has_output_gain(self) -> bool:
-        """Whether a norm with a gain of its own comes right before the output table."""
-        return self.norm_affine and (self.lm_transform or self.norms_inputs)
+        """Whether a norm whose gain nothing else reads comes right before the output table."""
+        return self.norm_affine and (self.lm_transform or (self.norms_inputs and self.objective != "mlm_nsp"))
 
     def layers_of(self, stack: Stack) -> int:
         """Return the number of layers of a stack."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import typer
 
-from megacore.config import ParallelConfig
+from launcher.grow_command import check_options
+from launcher.options import LAYOUT
 from megacore.errors import ConfigError
 from megacore.growth.target import GROWABLE_KEYS
 from megacore.model_config import ModelConfig
@@ -37,7 +39,7 @@ def growth_words(section: Mapping[str, Any]) -> tuple[str, ...]:
         if _is_size(key):
             continue
         if key not in options:
-            raise unknown_key(key, [*GROWABLE_KEYS, "tensor_parallel_size", *options])
+            raise unknown_key(key, [*GROWABLE_KEYS, *LAYOUT, *options])
         option = options[key]
         if not getattr(option, "is_flag", False):
             words += [option.opts[0], str(value)]
@@ -46,14 +48,17 @@ def growth_words(section: Mapping[str, Any]) -> tuple[str, ...]:
         else:
             raise ConfigError(f"{key}={value!r}: expected true or false")
     try:
-        command.make_context("grow", ["SOURCE", "TARGET", *words])  # parsed, not run
+        given = command.make_context("grow", ["SOURCE", "TARGET", *words]).params  # parsed, not run
     except typer.BadParameter as error:
         raise ConfigError(error.format_message()) from None
+    check_options(**{key: given[key] for key in signature(check_options).parameters})
+    if not given["sizes"]:
+        raise ConfigError("nothing to grow: give sizes such as hidden_size: 1024")
     return tuple(words)
 
 
 def _is_size(key: str) -> bool:
-    return key in ModelConfig.model_fields or key in ParallelConfig.model_fields
+    return key in ModelConfig.model_fields or key in LAYOUT
 
 
 def _command() -> Any:

@@ -116,6 +116,7 @@ def config_of(model: ModelConfig) -> tuple[dict[str, Any], Family]:
     differences: dict[str, list[str]] = {}
     for name, family in FAMILIES.items():
         wanted = {key: value for key, value in family.fixed.items() if key != "attention_scale" or value}
+        wanted |= {key: value for key, value in _implied(model).items() if key not in family.keys}
         differences[name] = [
             f"{key}={getattr(model, key)} instead of {value}"
             for key, value in wanted.items()
@@ -128,6 +129,14 @@ def config_of(model: ModelConfig) -> tuple[dict[str, Any], Family]:
         f"Hugging Face has no architecture for this model; the nearest is {nearest}, but it has "
         f"{', '.join(differences[nearest])}"
     )
+
+
+def _implied(model: ModelConfig) -> dict[str, int | float]:
+    """Return what a family that lacks these keys makes of the others; heads that grew alone are not so."""
+    return {
+        "head_dim": model.hidden_size / model.num_attention_heads,
+        "num_key_value_heads": model.num_attention_heads,
+    }
 
 
 def _written(model: ModelConfig, family: Family) -> dict[str, Any]:

@@ -20,6 +20,8 @@ Values = NDArray[np.floating[Any]]
 _GRADIENT_POWER = dict(zip(MOMENTS, (1, 2), strict=True))
 _MEAN_ENTRIES = 1 << 22
 """Entries that are read at a time to take a mean."""
+_MEANS_KEPT = 64
+"""Boxes that follow each other need the same few; all of a large model's would take as much as a tensor."""
 _BFLOAT16_BITS = 8
 """Of a bfloat16 number, the leading one included."""
 
@@ -48,7 +50,7 @@ class Grower:
     def __init__(self, source: Source, plan: GrowthPlan, dtype: str | None = None) -> None:
         self._source, self._plan, self._dtype = source, plan, dtype
         self._means: dict[tuple[str, str, int | None, Region], Floats] = {}
-        self._reading = threading.Lock()
+        self._reading, self._averaging = threading.Lock(), threading.Lock()
 
     def box(self, parameter: str, state: str, region: Region) -> Values:
         """Compute a box of a grown tensor.
@@ -87,25 +89,29 @@ class Grower:
         return plan.specs[parameter].initial_values(parameter, plan.symmetry.seed, plan.target, region)
 
     def _mean(self, parameter: str, state: str, over: int | None, others: Region) -> Floats:
-        """Return a source tensor's mean over one dim, or over all; kept, for the next box."""
+        """Return a source tensor's mean over one dim, or over all; kept for the next boxes, which wait for it."""
         key = parameter, state, over, others
-        if key not in self._means:
-            shape = self._plan.source_specs[parameter].shape
-            cut, rest = over or 0, iter(others)
-            whole = [(0, size) for size in shape]
-            region = tuple(
-                whole if over is None else (whole[p] if p == over else next(rest) for p in range(len(shape)))
-            )
-            sizes = region_shape(region)
-            step = max(1, _MEAN_ENTRIES * sizes[cut] // max(1, math.prod(sizes)))
-            total: Any = 0.0
-            for start in range(0, sizes[cut], step):
-                block = (*region[:cut], (start, min(start + step, sizes[cut])), *region[cut + 1 :])
-                values = self.read(parameter, state, block)
-                total = total + values.sum(axis=over, dtype=np.float64)
-            count = math.prod(sizes) if over is None else sizes[over]
-            self._means[key] = np.asarray(total / count)
-        return self._means[key]
+        with self._averaging:
+            if key not in self._means:
+                if len(self._means) >= _MEANS_KEPT:
+                    del self._means[next(iter(self._means))]
+                self._means[key] = self._averaged(parameter, state, over, others)
+            return self._means[key]
+
+    def _averaged(self, parameter: str, state: str, over: int | None, others: Region) -> Floats:
+        shape = self._plan.source_specs[parameter].shape
+        cut, rest = over or 0, iter(others)
+        whole = [(0, size) for size in shape]
+        region = tuple(whole if over is None else (whole[p] if p == over else next(rest) for p in range(len(shape))))
+        sizes = region_shape(region)
+        step = max(1, _MEAN_ENTRIES * sizes[cut] // max(1, math.prod(sizes)))
+        total: Any = 0.0
+        for start in range(0, sizes[cut], step):
+            block = (*region[:cut], (start, min(start + step, sizes[cut])), *region[cut + 1 :])
+            values = self.read(parameter, state, block)
+            total = total + values.sum(axis=over, dtype=np.float64)
+        count = math.prod(sizes) if over is None else sizes[over]
+        return np.asarray(total / count)
 
 
 class _Box:

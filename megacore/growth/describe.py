@@ -61,6 +61,12 @@ _SHARES = Note(
     "a learning-rate multiplier is the mean over an axis whose copies have different shares: wanted, or they would "
     "learn the same for ever (--symmetry none is without)",
 )
+_SHARED_BIASES = Note(
+    "optimizer",
+    "shares of many layers",
+    "the relative positions' biases serve all layers of a stack, whose heads have uneven shares of their own: wanted, "
+    "but the biases' moments follow even ones (--symmetry none is without)",
+)
 _RATIO = Note(
     "optimizer",
     "uneven copies",
@@ -116,6 +122,8 @@ def _moment_notes(plan: GrowthPlan, parameter: str) -> Iterator[Note]:
             yield _EXPERTS
         if growth is GrowthRule.KEY_HEADS and _groups_shrink(plan):
             yield _KEY_GROUPS
+        if plan.symmetry.share_scale and growth is GrowthRule.HEADS and spec.dims[0].axis == "relative_buckets":
+            yield _SHARED_BIASES
         if dim.role is not Role.READ and stream and plan.symmetry.noise_scale:
             yield _NOISE
         if dim.role is not Role.READ and axis_map.centre is not None:

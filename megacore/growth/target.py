@@ -55,7 +55,10 @@ def resized(source: ModelConfig, sizes: Mapping[str, Any]) -> ModelConfig:
         if key not in ModelConfig.model_fields:
             raise unknown_key(key, GROWABLE_KEYS)
         if key not in GROWABLE_KEYS and sizes[key] != getattr(source, key):
-            raise ConfigError(f"{key} cannot be changed by growing; what can: {', '.join(GROWABLE_KEYS)}")
+            raise ConfigError(
+                f"{key} cannot be changed by growing (from {getattr(source, key)} to {sizes[key]}); what can: "
+                f"{', '.join(GROWABLE_KEYS)}"
+            )
     values = source.model_dump() | dict(sizes) | {"norm_copies": (), "rope_frequencies": ()}
     if source.num_key_value_heads == source.num_attention_heads and "num_key_value_heads" not in sizes:
         values["num_key_value_heads"] = values["num_attention_heads"]
@@ -133,6 +136,14 @@ def _check_inner_norms(source: ModelConfig, target: ModelConfig) -> None:
                 f"{key}={new}: residual=sub_norm normalises these units, so each needs as many copies; nearest that "
                 f"do: {_multiples(old, new)}" + (f", with a multiple of {grown_with}" if grown_with != key else "")
             )
+    heads, key_heads = target.num_attention_heads, target.num_key_value_heads
+    old_group, group = source.num_attention_heads // source.num_key_value_heads, heads // key_heads
+    if group > old_group and group % old_group:  # heads are a multiple, but not those of each copy of a key head
+        raise ConfigError(
+            f"num_attention_heads={heads} with num_key_value_heads={key_heads}: residual=sub_norm normalises the "
+            f"heads' output, so each needs as many copies, but {group} of them for each key head cannot be as many "
+            f"copies of {old_group}; nearest that can: {_multiples(key_heads * old_group, heads)}"
+        )
 
 
 def _check_experts(source: ModelConfig, target: ModelConfig) -> None:

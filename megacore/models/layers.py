@@ -107,9 +107,9 @@ def _stack(config: ModelConfig, stack: Stack, prefix: str, stream: str, data: tu
         takes = (stream, *memory, *data, *source)
         layers.append(Layer(site, block, takes, (stream, *balance), options=options))
     if config.norms_inputs:
-        # The last stack's norm hands over to the output table, unless a dense layer lies between.
+        # The last stack's norm hands over to the output table alone, unless a dense layer or a pooler reads it.
         last = stream == "y" or config.architecture != "encoder_decoder"
-        tied = last and config.tie_word_embeddings and not config.lm_transform
+        tied = last and config.tie_word_embeddings and config.has_output_gain and not config.lm_transform
         layers.append(Layer(f"{prefix}final_norm", partial(Norm, tied=tied), (stream,), (stream,)))
     return layers
 

@@ -16,11 +16,14 @@ from megacore.checkpoint.load import load_model
 from megacore.checkpoint.reader import CheckpointReader
 from megacore.communicator import Alone
 from megacore.config import ParallelConfig
+from megacore.convert.hf_config import config_of
 from megacore.convert.huggingface import HuggingFaceSource, export_huggingface
 from megacore.convert.imports import import_checkpoint
 from megacore.errors import MegacoreError
+from megacore.growth.plan import Symmetry, make_plan
 from megacore.growth.verify import random_batch
 from megacore.models.batch import ModelBatch
+from tests.growth.small import family
 
 BERT = {"vocab_size": 101, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
 LLAMA = {**BERT, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -167,6 +170,28 @@ def test_a_model_that_megacore_does_not_compute_is_refused_by_its_key(tmp_path: 
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(MegacoreError, match=key):
         HuggingFaceSource(tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "parts"),
+    [
+        ("bert", {"hidden_size": 48}, ["bert", "head_dim=6 instead of 12"]),
+        ("gpt2", {"head_dim": 12}, ["gpt2", "head_dim=12 instead of 6"]),
+        ("gpt2", {"hidden_size": 50, "num_attention_heads": 8}, ["gpt2", "head_dim=6 instead of 6.25"]),
+        ("bert", {"num_attention_heads": 8, "num_key_value_heads": 4}, ["num_key_value_heads=4 instead of 8"]),
+        ("t5", {"num_attention_heads": 8, "num_key_value_heads": 4}, ["t5", "num_key_value_heads=4 instead of 8"]),
+        ("bert", {"hidden_size": 36}, ["norm_copies=(24,) instead of ()"]),
+        ("bert", {"num_hidden_layers": 3}, ["norm_eps_of={"]),
+        ("llama", {"head_dim": 8}, ["rope_frequencies=("]),
+    ],
+)
+def test_what_growing_made_and_hugging_face_lacks_is_refused_by_its_key(
+    name: str, sizes: dict[str, int], parts: list[str]
+) -> None:
+    """``config.json`` would mean other shapes, or another function."""
+    with pytest.raises(MegacoreError, match="Hugging Face has no architecture") as error:
+        config_of(make_plan(family(name).model_copy(update={"hidden_dropout": 0.0}), sizes, Symmetry()).target)
+    assert all(part in str(error.value) for part in parts), str(error.value)
 
 
 def test_bf16_is_rounded_as_torch_rounds(tmp_path: Path) -> None:

@@ -76,6 +76,15 @@ def test_a_parameter_that_nothing_happens_to_is_exact() -> None:
     assert steps(plan, "layers.0.attention.output_weight") == ("heads 4→8: shared unevenly",)
 
 
+def test_biases_that_layers_with_shares_of_their_own_share_are_not_exact() -> None:
+    """`test_gradients_are_the_mapped_gradients` leaves them out."""
+    plan = make_plan(family("t5"), {"num_attention_heads": 8}, Symmetry(noise_scale=0.0))
+    (note,) = parameter_notes(plan, "encoder.relative_bias.weight", SAME, True)
+    assert (note.about, note.name) == ("optimizer", "shares of many layers")
+    even = make_plan(family("t5"), {"num_attention_heads": 8}, EVEN)
+    assert parameter_notes(even, "encoder.relative_bias.weight", SAME, True) == ()
+
+
 def test_dropout_is_said_where_there_is_some() -> None:
     names = {note.about: note.reason for note in notes(make_plan(family("bert"), {}, EVEN), SAME, True, True)}
     assert "attention_dropout=0.1" in names["training"]

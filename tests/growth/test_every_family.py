@@ -263,6 +263,30 @@ def test_experts_of_a_mixture_cannot_be_multiplied() -> None:
         make_plan(model_config(**LLAMA, num_experts=4), {"num_experts_per_token": 3}, Symmetry())
 
 
+def test_unequal_copies_of_heads_under_an_inner_norm_are_refused(tmp_path: Path) -> None:
+    """Three times the query heads, twice the key heads: each key head's copy would serve the same ones unequally."""
+    model = model_config(**{**FAMILIES["sub-norm"], "num_key_value_heads": 2})
+    with pytest.raises(ConfigError, match=r"num_attention_heads=12 with num_key_value_heads=4: .*nearest.*: 8, 16"):
+        make_plan(model, {"num_attention_heads": 12, "num_key_value_heads": 4}, Symmetry())
+    trained, optimizer = trained_model(model)
+    save(trained, optimizer, tmp_path / "small", parts=1)
+    for number, (heads, keys) in enumerate([(8, 4), (16, 4), (12, 2), (12, 6), (8, 8), (4, 4)]):
+        sizes = {"num_attention_heads": heads, "num_key_value_heads": keys}
+        large = load_model(grow(tmp_path / "small", tmp_path / str(number), sizes), torch.float64)
+        assert max(relative_errors(trained, large, batch_of(model, 99))) <= 1e-12
+
+
+@pytest.mark.parametrize("sizes", [{"hidden_size": 48}, {"hidden_size": 37}], ids=["even", "uneven"])
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_a_final_norm_that_a_pooler_reads_keeps_both_heads(norm: str, sizes: dict[str, int], tmp_path: Path) -> None:
+    """A gain that makes up for the copies of a tied table would scale what the pooler reads."""
+    model = model_config(residual="pre_norm", norm=norm, embedding_norm=False, lm_transform=False, norm_eps=1e-5)
+    trained, optimizer = trained_model(model)
+    save(trained, optimizer, tmp_path / "small", parts=1)
+    large = load_model(grow(tmp_path / "small", tmp_path / "large", sizes), torch.float64)
+    assert max(relative_errors(trained, large, batch_of(model, 99))) <= 1e-12
+
+
 def test_layers_share_their_multipliers() -> None:
     """Or every layer would have optimizer groups of its own."""
     plan = make_plan(family("llama"), {"hidden_size": 36, "intermediate_size": 67, "head_dim": 10}, Symmetry())

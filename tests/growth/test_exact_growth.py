@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from megacore.checkpoint.reader import CheckpointReader
 from megacore.communicator import Alone, TorchRanks
 from megacore.config import ParallelConfig
 from megacore.convert.reshard import reshard
-from megacore.growth.apply import exact_part
+from megacore.growth.apply import Grower, exact_part
 from megacore.growth.execute import GrowthOutput, grow_checkpoint
 from megacore.growth.maps import centred, copied, query_heads, shared, weighted
 from megacore.growth.plan import Symmetry, make_plan
@@ -205,6 +207,31 @@ def test_doubled_bfloat16_models_give_the_same_bits(tmp_path: Path) -> None:
         large = load_model(grown, torch.bfloat16)
         assert grown.dtype("layers.0.mlp.up_weight", "weight") == "bfloat16"
         assert relative_errors(small, large, batch_of(small.config, 3))[0] == 0.0
+
+
+def test_threads_take_a_mean_once_and_few_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = trained_model(family("gpt2"))
+    save(model, optimizer, tmp_path / "small", parts=1)
+    reader = CheckpointReader(tmp_path / "small")
+    plan = make_plan(model.config, {"hidden_size": 36}, Symmetry())
+    grower, taken = Grower(reader, plan), []
+    average = Grower._averaged
+
+    def slow(self: Grower, *what: Any) -> Any:
+        taken.append(what[:2])
+        time.sleep(0.05)
+        return average(self, *what)
+
+    monkeypatch.setattr(Grower, "_averaged", slow)
+    monkeypatch.setattr("megacore.growth.apply._MEANS_KEPT", 1)
+    with ThreadPoolExecutor(3) as pool:
+        for name in ("layers.0.mlp.down_weight", "layers.1.mlp.down_weight"):
+            rows = [pool.submit(grower.box, name, "weight", ((n, n + 12), (0, 40))) for n in (0, 12, 24)]
+            whole = np.concatenate([row.result() for row in rows])
+            assert np.array_equal(whole, Grower(reader, plan).box(name, "weight", ((0, 36), (0, 40))))
+    names = [name for name, _ in taken]
+    assert names == ["layers.0.mlp.down_weight"] * 2 + ["layers.1.mlp.down_weight"] * 2  # one of each for the check
+    assert len(grower._means) == 1
 
 
 def test_uneven_shares_of_bfloat16_weights_sum_up_in_the_file(tmp_path: Path) -> None:

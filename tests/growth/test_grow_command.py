@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import transformers as hf
 import yaml
 from typer.testing import CliRunner
 
-from launcher.cli import app
+from launcher.cli import app, main
 from launcher.start import mpi_command
 from megacore.checkpoint.reader import CheckpointReader
 from megacore.communicator import Alone
@@ -208,6 +209,28 @@ def test_symmetry_chooses_what_makes_copies_differ(small: Path, tmp_path: Path) 
         assert (event["noise_scale"], event["share_scale"]) == scales
 
 
+def test_noise_that_outgrows_the_weights_is_refused(small: Path, tmp_path: Path) -> None:
+    for scale in ("1.1", "inf"):
+        words = ["grow", small, tmp_path / "large", *DOUBLE, "--noise-scale", scale, "--verify", "never"]
+        result = CliRunner().invoke(app, list(map(str, words)))
+        assert result.exit_code == 2 and "--noise-scale" in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sizes_that_no_memory_holds_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def allocate() -> None:
+        raise MemoryError("Unable to allocate 14.9 GiB")
+
+    monkeypatch.setattr("launcher.cli.app", allocate)
+    monkeypatch.setattr("os._exit", sys.exit)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: not enough memory: Unable to allocate 14.9 GiB\n"
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
@@ -243,6 +266,22 @@ def test_a_configuration_of_another_function_is_refused(small: Path, tmp_path: P
     config.write_text(yaml.safe_dump({"model": MODEL | {"hidden_size": 48, "activation": "relu"}}))
     with pytest.raises(MegacoreError, match="activation cannot be changed by growing"):
         grow(small, tmp_path / "large", "--to", config)
+    config.write_text(yaml.safe_dump({"model": MODEL | {"hidden_size": 48, "head_dim": 6, "architecture": "decoder"}}))
+    with pytest.raises(MegacoreError, match=r"architecture cannot be changed by growing \(from encoder to decoder\)"):
+        grow(small, tmp_path / "large", "--to", config)
+    config.write_text(yaml.safe_dump({"parallell": {}, "model": MODEL}))
+    with pytest.raises(MegacoreError, match="unknown key 'parallell'; did you mean parallel"):
+        grow(small, tmp_path / "large", "--to", config)
+    config.write_text(yaml.safe_dump({"parallel": {"tensor_paralel_size": 2}, "model": MODEL}))
+    with pytest.raises(MegacoreError, match=r"other\.yaml: .*tensor_paralel_size"):
+        grow(small, tmp_path / "large", "--to", config)
+    # A run that does not name the positions has 512 of them, and would refuse a checkpoint with as many as the source.
+    few = {key: value for key, value in MODEL.items() if key != "max_position_embeddings"}
+    config.write_text(yaml.safe_dump({"model": few | {"residual": "pre_norm"}}))
+    with pytest.raises(MegacoreError, match="residual cannot be changed"):
+        grow(small, tmp_path / "large", "--to", config)
+    config.write_text(yaml.safe_dump({"model": few}))
+    assert "max_position_embeddings 32 → 512" in grow(small, tmp_path / "longer", "--to", config)
     config.write_text(yaml.safe_dump({"model": [1]}))
     with pytest.raises(MegacoreError, match=r"other\.yaml: model and parallel must be sections"):
         grow(small, tmp_path / "large", "--to", config)

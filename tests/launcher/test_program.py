@@ -176,6 +176,27 @@ def test_a_changed_finished_stage_is_refused(
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("section", "part"),
+    [
+        ({}, "nothing to grow"),
+        ({"hidden_size": 48, "symmetry": "odd"}, "--symmetry odd: use noise, uneven or none"),
+        ({"hidden_size": 48, "symmetry": "none", "noise_scale": 0.1}, "--noise-scale 0.1"),
+        ({"hidden_size": 48, "verify": "maybe"}, "--verify maybe"),
+        ({"hidden_size": 48, "optimizer": "none"}, "--optimizer none"),
+        ({"hidden_size": 48, "dtype": "fp16"}, "--dtype fp16"),
+        ({"hidden_size": 48, "tensor_parallel_size": 2, "sequence_parallel": True}, "'sequence_parallel'"),
+    ],
+)
+def test_what_grow_would_refuse_is_refused_before_the_first_stage(
+    tmp_path: Path, data: Path, section: dict[str, object], part: str
+) -> None:
+    path = edited(program_file(tmp_path, data), lambda values: values["stages"][1].update(grow=section))
+    with pytest.raises(ConfigError) as caught:
+        planned(path)
+    assert "stage 2 (grow): " in str(caught.value) and part in str(caught.value)
+
+
 def test_a_moved_programme_is_still_finished(finished: Path, tmp_path: Path) -> None:
     assert count_finished(planned(copied(finished, tmp_path))) == 3
 
