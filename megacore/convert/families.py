@@ -199,6 +199,7 @@ _POST_NORM: dict[str, Any] = {
 _LLAMA_FIXED: dict[str, Any] = {
     **_PRE_NORM,
     "architecture": "decoder",
+    "objective": "causal_lm",
     "position_embedding": "rotary",
     "norm": "rms_norm",
     "gated_mlp": True,
@@ -259,6 +260,7 @@ FAMILIES: dict[str, Family] = {
         {
             **_PRE_NORM,
             "architecture": "decoder",
+            "objective": "causal_lm",
             "position_embedding": "learned",
             "norm": "layer_norm",
             "gated_mlp": False,

@@ -24,6 +24,9 @@ GROWABLE_KEYS: tuple[str, ...] = tuple(
 )
 
 
+_MOST_PARAMETERS = 1e13
+
+
 class StreamRule(Enum):
     """How the residual stream is widened."""
 
@@ -67,6 +70,7 @@ def resized(source: ModelConfig, sizes: Mapping[str, Any]) -> ModelConfig:
         old, new = getattr(source, key), getattr(target, key)
         if new < old:
             raise ConfigError(f"{key}={new} is smaller than the source's {old}; growing never shrinks")
+    _check_size(target)
     _check(source, target)
     return target
 
@@ -100,6 +104,19 @@ def _derived(source: ModelConfig, target: ModelConfig) -> dict[str, Any]:
 def _frequencies(config: ModelConfig) -> tuple[float, ...]:
     dim = config.head_dim
     return config.rope_frequencies or tuple(config.rope_theta ** (-pair / dim) for pair in range(0, dim, 2))
+
+
+def _check_size(target: ModelConfig) -> None:
+    """Refuse a slip of the finger, before anything is made of the sizes."""
+    inner = target.num_attention_heads * target.head_dim + target.intermediate_size * max(1, target.num_experts)
+    layers = target.num_hidden_layers + target.num_decoder_layers
+    count = target.hidden_size * (target.vocab_size + 2 * layers * inner)
+    if count > _MOST_PARAMETERS:
+        raise ConfigError(
+            f"hidden_size={target.hidden_size}, intermediate_size={target.intermediate_size}, "
+            f"num_hidden_layers={target.num_hidden_layers}, vocab_size={target.vocab_size}: about {count:.0e} "
+            "parameters; give smaller sizes"
+        )
 
 
 def _check(source: ModelConfig, target: ModelConfig) -> None:

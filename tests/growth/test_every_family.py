@@ -233,6 +233,11 @@ def test_new_entries_have_second_moments(tmp_path: Path) -> None:
         ("bert", {"hidden_size": 12}, ["hidden_size=12", "smaller"]),
         ("bert", {"hiden_size": 48}, ["hiden_size", "hidden_size"]),
         ("bert", {"intermediate_size": "big"}, ["intermediate_size", "big"]),
+        (
+            "bert",
+            {"hidden_size": 2_000_000_000, "intermediate_size": 2_000_000_000},
+            ["hidden_size=2000000000", "parameters"],
+        ),
         ("bert", {"num_hidden_layers": "many"}, ["num_hidden_layers", "many"]),
         ("gpt2", {"type_vocab_size": 2}, ["type_vocab_size=2", "no table"]),
         ("bert", {"activation": "relu"}, ["activation", "cannot be changed"]),
