@@ -65,7 +65,7 @@ def _command() -> Any:
     """Return the command's parser."""
     from launcher.cli import app  # it imports this package
 
-    return typer.main.get_command(app).commands["grow"]  # type: ignore[attr-defined]
+    return typer.main.get_group(app).commands["grow"]
 
 
 def _key(option: Any) -> str:

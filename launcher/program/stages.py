@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(ABC):
     """A stage as it will be run.
 
     Args:
@@ -73,9 +74,9 @@ class Stage:
         """Return the path of a file beside the stage's directory."""
         return self.directory.with_name(self.name + suffix)
 
+    @abstractmethod
     def command(self) -> list[str]:
         """Return the command line that does the stage, or goes on with it."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

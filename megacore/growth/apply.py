@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import threading
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megacore.checkpoint.manifest import MOMENTS, WEIGHT, Manifest
+from megacore.checkpoint.manifest import MOMENTS, WEIGHT
 from megacore.growth.maps import AxisMap, Floats
 from megacore.growth.plan import GrowthPlan
+from megacore.growth.source import GrowthSource
 from megacore.random import stream_key, uniform_rows
 from megacore.specs import Region, Role, global_index, region_shape
 
@@ -26,18 +27,6 @@ _BFLOAT16_BITS = 8
 """Of a bfloat16 number, the leading one included."""
 
 
-class Source(Protocol):
-    """A checkpoint to grow."""
-
-    manifest: Manifest
-
-    def read(self, parameter: str, state: str, region: Region | None = None) -> NDArray[Any]:
-        """Return a box of a parameter's state as a new array, of float32 at least; all of it by default."""
-
-    def dtype(self, parameter: str, state: str) -> str:
-        """Return the type in which it is stored."""
-
-
 class Grower:
     """Makes boxes of the grown model's tensors, in float32 or, where that is stored, float64; threads may share it.
 
@@ -47,8 +36,8 @@ class Grower:
         dtype: of what is written, or ``None`` for the source's; bfloat16 is of the weights alone.
     """
 
-    def __init__(self, source: Source, plan: GrowthPlan, dtype: str | None = None) -> None:
-        self._source, self._plan, self._dtype = source, plan, dtype
+    def __init__(self, source: GrowthSource, plan: GrowthPlan, dtype: str | None = None) -> None:
+        self._source, self.plan, self._dtype = source, plan, dtype
         self._means: dict[tuple[str, str, int | None, Region], Floats] = {}
         self._reading, self._averaging = threading.Lock(), threading.Lock()
 
@@ -60,15 +49,15 @@ class Grower:
             state: ``weight``, ``exp_avg`` or ``exp_avg_sq``.
             region: the box, in the grown tensor's indices; it must span the stream where noise is added.
         """
-        rule, shape = self._plan.rules[parameter], region_shape(region)
+        rule, shape = self.plan.rules[parameter], region_shape(region)
         if state == WEIGHT and rule.constant is not None:
             return np.full(shape, rule.constant)
         if state == MOMENTS[0] and (rule.is_new or rule.drawn):
             return np.zeros(shape)
         if rule.drawn:
             if state == WEIGHT:
-                return self._initial(parameter, region)
-            return np.full(shape, self._mean(rule.source, state, None, ()).item())
+                return self.initial(parameter, region)
+            return np.full(shape, self.mean(rule.source, state, None, ()).item())
         box = _Box(self, parameter, state, region)
         return box.with_fresh(box.copied())
 
@@ -81,14 +70,15 @@ class Grower:
     def dtype(self, parameter: str, state: str) -> str:
         """Return the type in which a state of a grown parameter is written."""
         if self._dtype is None or (self._dtype == "bfloat16" and state != WEIGHT):  # would lose small moments
-            return self._source.dtype(self._plan.rules[parameter].source, state)
+            return self._source.dtype(self.plan.rules[parameter].source, state)
         return self._dtype
 
-    def _initial(self, parameter: str, region: Region) -> Values:
-        plan = self._plan
+    def initial(self, parameter: str, region: Region) -> Values:
+        """Draw the initial weights of what copies nothing."""
+        plan = self.plan
         return plan.specs[parameter].initial_values(parameter, plan.symmetry.seed, plan.target, region)
 
-    def _mean(self, parameter: str, state: str, over: int | None, others: Region) -> Floats:
+    def mean(self, parameter: str, state: str, over: int | None, others: Region) -> Floats:
         """Return a source tensor's mean over one dim, or over all; kept for the next boxes, which wait for it."""
         key = parameter, state, over, others
         with self._averaging:
@@ -99,7 +89,7 @@ class Grower:
             return self._means[key]
 
     def _averaged(self, parameter: str, state: str, over: int | None, others: Region) -> Floats:
-        shape = self._plan.source_specs[parameter].shape
+        shape = self.plan.source_specs[parameter].shape
         cut, rest = over or 0, iter(others)
         whole = [(0, size) for size in shape]
         region = tuple(whole if over is None else (whole[p] if p == over else next(rest) for p in range(len(shape))))
@@ -119,7 +109,7 @@ class _Box:
 
     def __init__(self, grower: Grower, parameter: str, state: str, region: Region) -> None:
         self._grower, self._parameter, self._state, self._region = grower, parameter, state, region
-        plan = grower._plan
+        plan = grower.plan
         self._plan, self._rule, self._spec = plan, plan.rules[parameter], plan.specs[parameter]
         self._maps = plan.maps(parameter)
 
@@ -217,7 +207,7 @@ class _Box:
             if not fresh.any():
                 continue
             if self._state == WEIGHT:
-                values = self._grower._initial(self._parameter, self._region)
+                values = self._grower.initial(self._parameter, self._region)
             elif self._state == MOMENTS[0]:
                 values = np.zeros((1,) * grown.ndim)
             else:
@@ -237,7 +227,7 @@ class _Box:
         needed, index = self._needed(skip=position)
         axis = self._rule.dims[position]
         assert axis is not None
-        mean: Values = np.expand_dims(self._grower._mean(self._rule.source, self._state, axis, needed), axis)
+        mean: Values = np.expand_dims(self._grower.mean(self._rule.source, self._state, axis, needed), axis)
         index.insert(axis, np.zeros(1, np.int64))
         positions = [p for p in range(len(self._region)) if self._rule.dims[p] is not None]
         for other, place in enumerate(positions):

